@@ -1,0 +1,109 @@
+"""A scan as the network sees it: cropped to the lungs, 1 mm isotropic, windowed. Train and serve alike."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from deepem.errors import InputError
+from deepem.files import atomic_path
+from deepem.geometry import Grid
+from deepem.lungs import Lungs, find_lungs
+from deepem.volume import Study, Volume, read_volume, resample
+
+SPACING_MM = 1.0
+HU_WINDOW = (-1200.0, 600.0)
+"""Clipped and scaled to 0..255 (Zhu et al. 2018, the authors' code)."""
+
+_MARGIN_MM = 12.0
+"""Kept around the lungs, so that a nodule at the pleura is seen with its surroundings."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """A prepared scan.
+
+    image: (I, J, K) uint8, the HU window as 0..255; i, j, k run along LPS x, y, z at 1 mm.
+    grid: where it lies in the patient. lungs: found on the whole volume.
+    """
+
+    series_uid: str
+    image: np.ndarray
+    grid: Grid
+    lungs: Lungs
+
+
+def prepare(volume: Volume) -> Scan:
+    """Crop to the lungs, resample to 1 mm along the patient's axes, window to 8 bits.
+
+    Any invertible grid will do: oblique, flipped, tilted. World coordinates stay what they are,
+    so what is found in ``Scan.grid`` needs no way back.
+    """
+    lungs = find_lungs(volume)
+    lowest, highest = volume.grid.extent_lps_mm()
+    lowest = np.maximum(lowest, lungs.lowest_lps_mm - _MARGIN_MM)
+    highest = np.minimum(highest, lungs.highest_lps_mm + _MARGIN_MM)
+    image, grid = resample(volume, lowest, highest, SPACING_MM)
+    low, high = HU_WINDOW
+    image -= low
+    image *= 255.0 / (high - low)
+    np.clip(image, 0, 255, out=image)
+    np.rint(image, out=image)
+    return Scan(volume.series_uid, image.astype(np.uint8), grid, lungs)
+
+
+class ScanCache:
+    """Prepared scans on disk, so that no scan is read twice; images are memory-mapped.
+
+    A scan is prepared again when its file changes (name, size, time) or this module's constants do.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def get(self, study: Study) -> Scan:
+        """The prepared scan; InputError when the study cannot be read."""
+        entry = self._folder / self._key(study)
+        if not (entry / "meta.npz").exists():
+            self._store(entry, prepare(read_volume(study.path, study.series_uid)))
+        image = np.load(entry / "image.npy", mmap_mode="r")
+        with np.load(entry / "meta.npz") as meta:
+            lungs = Lungs(
+                meta["mask"],
+                Grid(meta["lungs_affine"], meta["mask"].shape),
+                meta["lowest"],
+                meta["highest"],
+                bool(meta["found"]),
+            )
+            return Scan(study.series_uid, image, Grid(meta["affine"], image.shape), lungs)
+
+    @staticmethod
+    def _store(entry: Path, scan: Scan) -> None:
+        with atomic_path(entry / "image.npy") as part:
+            np.save(part, scan.image)
+        with atomic_path(entry / "meta.npz") as part:  # last: it says that the entry is whole
+            np.savez(
+                part,
+                affine=scan.grid.affine_lps_mm,
+                mask=scan.lungs.mask,
+                lungs_affine=scan.lungs.grid.affine_lps_mm,
+                lowest=scan.lungs.lowest_lps_mm,
+                highest=scan.lungs.highest_lps_mm,
+                found=scan.lungs.found,
+            )
+
+    @staticmethod
+    def _key(study: Study) -> str:
+        files = sorted(study.path.iterdir()) if study.path.is_dir() else [study.path]
+        digest = hashlib.blake2b(digest_size=12)
+        digest.update(repr((study.series_uid, SPACING_MM, HU_WINDOW, _MARGIN_MM)).encode())
+        for file in files:
+            try:
+                stat = file.stat()
+            except OSError as error:
+                raise InputError(file, "image", "a readable file", error) from error
+            digest.update(repr((str(file.resolve()), stat.st_size, stat.st_mtime_ns)).encode())
+        return digest.hexdigest()

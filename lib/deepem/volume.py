@@ -1,0 +1,325 @@
+"""Chest CT as it lies on disk: an HU array with its grid, from NIfTI, MetaImage, NRRD or DICOM."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import SimpleITK as sitk
+from pydicom.errors import InvalidDicomError
+
+from deepem.errors import InputError
+from deepem.geometry import RAS_TO_LPS, Grid
+
+logger = logging.getLogger(__name__)
+
+MAX_SPACING_MM = 8.0
+"""Thicker slices leave most nodules in one slice or none."""
+
+_AIR_HU = -200
+"""Some voxel of every chest CT lies below: lung, or the air around the patient."""
+
+_SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """One CT series: ``hu`` (I, J, K), int16 or float32 Hounsfield units, on its own grid."""
+
+    hu: np.ndarray
+    grid: Grid
+    series_uid: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """A series that lies on disk, not yet read. ``path`` is a file or a DICOM folder."""
+
+    series_uid: str
+    path: Path
+    patient_id: str
+
+
+def is_image_file(path: Path) -> bool:
+    """Whether the name is that of a volume file that `read_volume` reads."""
+    return path.name.lower().endswith(_SUFFIXES)
+
+
+def series_name(path: Path) -> str:
+    """File name without its image suffix: the series UID of everything that is not DICOM."""
+    lower = path.name.lower()
+    suffix = next((suffix for suffix in _SUFFIXES if lower.endswith(suffix)), "")
+    return path.name[: len(path.name) - len(suffix)]
+
+
+def find_studies(
+    path: Path, on_bad: Callable[[InputError], None] | None = None
+) -> list[Study]:
+    """Every series at ``path``: an image file, a DICOM folder, or a folder of both, sorted by name.
+
+    Sub-folders are searched as DICOM; labels and hidden folders are not images. A folder with
+    several DICOM series gives one study for each. What looks like an image and is none goes to
+    ``on_bad`` and the search goes on; without ``on_bad`` the first such error is raised.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(path, "image", "an existing file or folder", "nothing there")
+    if path.is_file():
+        return [Study(series_name(path), path, series_name(path))]
+    studies = [
+        Study(series_name(file), file, series_name(file))
+        for file in sorted(path.iterdir())
+        if file.is_file() and is_image_file(file)
+    ]
+    folders = [path, *sorted(d for d in path.iterdir() if d.is_dir() and _may_hold_images(d))]
+    for folder in folders:
+        try:
+            studies += [
+                Study(uid, folder, headers[0].patient_id)
+                for uid, headers in sorted(_ct_series(folder).items())
+            ]
+        except InputError as error:
+            if folder is path:  # a plain folder of files is not a broken DICOM folder
+                continue
+            if on_bad is None:
+                raise
+            on_bad(error)
+    return studies
+
+
+def _may_hold_images(folder: Path) -> bool:
+    return not folder.name.startswith(".") and folder.name not in ("labels", "lobes", "reports")
+
+
+def read_volume(path: Path | str, series_uid: str | None = None) -> Volume:
+    """Read one scan: a NIfTI, MetaImage or NRRD file, or a folder of DICOM files.
+
+    series_uid: which series of a DICOM folder; needed only when there are several. For other
+    files it names the series instead of the file name.
+    Raises InputError for everything that is no 3D CT in HU: missing, corrupt, empty, 2D or 4D,
+    NaN, not in HU, coarser than 8 mm, several series, missing slices.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(path, "image", "an existing file or folder", "nothing there")
+    if path.is_dir():
+        volume = _read_dicom(path, series_uid)
+    elif not is_image_file(path):
+        raise InputError(path, "image", f"a DICOM folder or one of {_SUFFIXES}", path.name)
+    else:
+        nifti = path.name.lower().endswith((".nii", ".nii.gz"))
+        hu, affine = _read_nifti(path) if nifti else _read_itk(path)
+        volume = _checked(path, hu, affine, series_uid or series_name(path))
+    return volume
+
+
+def resample(
+    volume: Volume, lowest_lps_mm: np.ndarray, highest_lps_mm: np.ndarray, spacing_mm: float
+) -> tuple[np.ndarray, Grid]:
+    """Linear resampling onto the patient's axes: (I, J, K) float32 HU and its grid.
+
+    The result fills the world box from corner to corner; outside the volume lies air (-1000 HU).
+    """
+    extent_mm = np.asarray(highest_lps_mm) - lowest_lps_mm
+    shape = np.maximum(np.rint(extent_mm / spacing_mm), 1).astype(int)
+    grid = Grid.axis_aligned(
+        lowest_lps_mm + spacing_mm / 2, spacing_mm, (shape[0], shape[1], shape[2])
+    )
+    image = sitk.GetImageFromArray(volume.hu.transpose(2, 1, 0))  # index space: spacing 1, origin 0
+    to_index = np.linalg.inv(volume.grid.affine_lps_mm)
+    transform = sitk.AffineTransform(
+        to_index[:3, :3].ravel().tolist(), to_index[:3, 3].tolist(), [0.0, 0.0, 0.0]
+    )
+    resampler = sitk.ResampleImageFilter()
+    resampler.SetSize([int(size) for size in shape])
+    resampler.SetOutputOrigin(grid.affine_lps_mm[:3, 3].tolist())
+    resampler.SetOutputSpacing([spacing_mm] * 3)
+    resampler.SetTransform(transform)
+    resampler.SetInterpolator(sitk.sitkLinear)
+    resampler.SetDefaultPixelValue(-1000.0)
+    resampler.SetOutputPixelType(sitk.sitkFloat32)
+    resampled = resampler.Execute(image)
+    return sitk.GetArrayFromImage(resampled).transpose(2, 1, 0), grid
+
+
+def _checked(where: Path, hu: np.ndarray, affine_lps_mm: np.ndarray, series_uid: str) -> Volume:
+    """The volume, if it can be a chest CT."""
+    while hu.ndim > 3 and hu.shape[-1] == 1:
+        hu = hu[..., 0]
+    if hu.ndim != 3:
+        raise InputError(where, "dimensions", "3 (one CT volume)", f"shape {hu.shape}")
+    if min(hu.shape) < 2:
+        raise InputError(where, "shape", "at least 2 voxels along every axis", f"{hu.shape}")
+    if hu.dtype.kind not in "iuf":
+        raise InputError(where, "voxel type", "one number per voxel", hu.dtype)
+    if hu.dtype.kind == "f":
+        bad = int(hu.size - np.count_nonzero(np.isfinite(hu)))
+        if bad:
+            raise InputError(where, "voxels", "finite HU", f"{bad} NaN or infinite voxels")
+    lowest, highest = float(hu.min()), float(hu.max())
+    if lowest == highest:
+        raise InputError(where, "voxels", "an image", f"the same value {lowest:g} everywhere")
+    if lowest > _AIR_HU:
+        raise InputError(
+            where, "voxels", f"HU with air below {_AIR_HU}", f"values {lowest:g} to {highest:g}"
+        )
+    try:
+        grid = Grid(affine_lps_mm, hu.shape)
+    except ValueError as error:
+        raise InputError(where, "geometry", "a finite, invertible affine", error) from error
+    coarsest = grid.spacing_mm.max()
+    if coarsest > MAX_SPACING_MM + 1e-3:
+        raise InputError(
+            where, "voxel spacing", f"at most {MAX_SPACING_MM:g} mm", f"{coarsest:.3g} mm"
+        )
+    fits_int16 = hu.dtype.kind in "iu" and -32768 <= lowest and highest <= 32767
+    return Volume(hu.astype(np.int16 if fits_int16 else np.float32, copy=False), grid, series_uid)
+
+
+def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        image = nib.load(path)
+        return np.asanyarray(image.dataobj), RAS_TO_LPS @ image.affine
+    except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
+        raise InputError(path, "file", "a readable NIfTI image", _first_line(error)) from error
+
+
+def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        image = sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        raise InputError(path, "file", "a readable image", _itk_reason(error)) from error
+    if image.GetNumberOfComponentsPerPixel() != 1:
+        components = image.GetNumberOfComponentsPerPixel()
+        raise InputError(path, "voxel type", "one number per voxel", f"{components} components")
+    if image.GetDimension() != 3:
+        raise InputError(path, "dimensions", "3 (one CT volume)", f"shape {image.GetSize()}")
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    return sitk.GetArrayFromImage(image).transpose(2, 1, 0), affine
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """What the header of one DICOM file says about its place in the patient."""
+
+    path: Path
+    patient_id: str
+    modality: str
+    position_lps_mm: tuple[float, ...]
+    orientation: tuple[float, ...]
+    spacing_mm: tuple[float, ...]
+    shape: tuple[int, int]  # rows, columns
+
+
+_HEADER_TAGS = [
+    "SeriesInstanceUID", "PatientID", "Modality", "ImagePositionPatient", "NumberOfFrames",
+    "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns",
+]  # fmt: skip
+
+
+def _ct_series(folder: Path) -> dict[str, list[_Slice]]:
+    """CT series UID -> its slices, of the DICOM files in one folder. Other modalities are logged."""
+    series: dict[str, list[_Slice]] = defaultdict(list)
+    others: set[str] = set()
+    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    for file in files:
+        try:
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_HEADER_TAGS)
+            if "SeriesInstanceUID" not in header:
+                continue
+            if header.get("Modality") != "CT":
+                others.add(f"{header.SeriesInstanceUID} ({header.get('Modality')})")
+                continue
+            if int(header.get("NumberOfFrames") or 1) > 1:
+                raise InputError(file, "NumberOfFrames", "1 (one slice a file)", "a multi-frame CT")
+            series[str(header.SeriesInstanceUID)].append(
+                _Slice(
+                    file,
+                    str(header.get("PatientID") or header.SeriesInstanceUID),
+                    header.Modality,
+                    tuple(map(float, header.ImagePositionPatient)),
+                    tuple(map(float, header.ImageOrientationPatient)),
+                    tuple(map(float, header.PixelSpacing)),
+                    (int(header.Rows), int(header.Columns)),
+                )
+            )
+        except InvalidDicomError:
+            continue
+        except (AttributeError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(file, "DICOM header", "position, orientation and spacing of a CT slice",
+                             _first_line(error)) from error  # fmt: skip
+    for other in sorted(others):
+        logger.info("%s: skipped series %s: not a CT", folder, other)
+    if not series:
+        got = f"other modalities: {', '.join(sorted(others))}" if others else "none"
+        raise InputError(folder, "DICOM series", f"a CT among its {len(files)} files", got)
+    return dict(series)
+
+
+def _read_dicom(folder: Path, series_uid: str | None) -> Volume:
+    series = _ct_series(folder)
+    if series_uid is None and len(series) > 1:
+        listing = "; ".join(f"{uid} ({len(slices)} files)" for uid, slices in sorted(series.items()))
+        raise InputError(folder, "DICOM series", "one, or the UID of one of them", listing)
+    uid = series_uid or next(iter(series))
+    if uid not in series:
+        raise InputError(folder, "series UID", f"one of {sorted(series)}", uid)
+    slices, affine = _stacked(folder, series[uid])
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames([str(item.path) for item in slices])
+    try:
+        image = reader.Execute()
+    except RuntimeError as error:
+        raise InputError(folder, "DICOM pixels", "readable slices", _itk_reason(error)) from error
+    return _checked(folder, sitk.GetArrayFromImage(image).transpose(2, 1, 0), affine, uid)
+
+
+def _stacked(folder: Path, slices: list[_Slice]) -> tuple[list[_Slice], np.ndarray]:
+    """Slices in the order of their position, and the affine of the stack (sheared when tilted)."""
+    first = slices[0]
+    for item in slices[1:]:
+        for field in ("orientation", "spacing_mm", "shape"):
+            if not np.allclose(getattr(item, field), getattr(first, field), atol=1e-3):
+                raise InputError(item.path, field, f"{getattr(first, field)} as in {first.path.name}",
+                                 getattr(item, field))  # fmt: skip
+    if len(slices) < 2:
+        raise InputError(folder, "slices", "at least 2", len(slices))
+    row, column = np.reshape(first.orientation, (2, 3))
+    along = np.array([item.position_lps_mm for item in slices]) @ np.cross(row, column)
+    order = np.argsort(along, kind="stable")
+    slices, along = [slices[at] for at in order], along[order]
+    gaps_mm = np.diff(along)
+    step_mm = float(np.median(gaps_mm))
+    odd = np.flatnonzero(np.abs(gaps_mm - step_mm) > max(0.1 * step_mm, 0.05))
+    if odd.size:
+        at = int(odd[0])
+        raise InputError(folder, "slice positions", f"a slice every {step_mm:.3f} mm",
+                         f"{gaps_mm[at]:.3f} mm after {slices[at].path.name}, and {odd.size - 1} "
+                         "more such gaps (missing or repeated slices)")  # fmt: skip
+    start, end = (np.array(slices[at].position_lps_mm) for at in (0, -1))
+    affine = np.eye(4)
+    affine[:3, 0] = row * first.spacing_mm[1]  # PixelSpacing is (between rows, between columns)
+    affine[:3, 1] = column * first.spacing_mm[0]
+    affine[:3, 2] = (end - start) / (len(slices) - 1)
+    affine[:3, 3] = start
+    return slices, affine
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _itk_reason(error: RuntimeError) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else "unreadable"
