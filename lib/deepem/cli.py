@@ -1,0 +1,286 @@
+"""The command line: ``deepem phantom | train | detect | evaluate``.
+
+Exit code 0: done; 1: done, but some scans could not be used (they are listed); 2: bad input, one
+line on standard error; 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress as Bar,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+import deepem
+from deepem.errors import InputError
+
+logger = logging.getLogger("deepem")
+_console = Console(stderr=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    _log_to_stderr()
+    try:
+        return options.run(options)
+    except (InputError, ValueError) as error:
+        print(f"deepem {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"deepem {options.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _log_to_stderr() -> None:
+    """Beside the progress bar on a terminal; in plain lines that can be searched elsewhere."""
+    if _console.is_terminal:
+        handler: logging.Handler = RichHandler(
+            console=_console, show_path=False, show_level=False, markup=False
+        )
+        line = "%(message)s"
+    else:
+        handler = logging.StreamHandler()
+        line = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(level=logging.INFO, format=line, handlers=[handler], force=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="deepem", description="Pulmonary nodule detection from strong and weak labels."
+    )
+    parser.add_argument("--version", action="version", version=f"deepem {deepem.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run, summary: str) -> argparse.ArgumentParser:  # noqa: ANN001
+        one = commands.add_parser(name, help=summary, description=summary,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+        one.set_defaults(run=run)
+        one.add_argument("--seed", type=int, default=0, help="of every random choice")
+        one.add_argument("--device", default="auto", help="auto, cpu or cuda[:N]")
+        return one
+
+    one = command("phantom", _phantom, "Make synthetic chest CTs with known nodules.")
+    one.add_argument("--out", type=Path, required=True, metavar="DIR")
+    one.add_argument("--count", type=_positive_int, required=True, metavar="N")
+    one.add_argument("--size", choices=("mini", "full"), default="mini")
+    one.add_argument("--dicom", action="store_true", help="DICOM series instead of NIfTI files")
+
+    one = command("train", _train, "Train a detector on scans whose nodules are all marked.")
+    one.add_argument("--studies", type=Path, required=True, metavar="DIR")
+    one.add_argument("--annotations", type=Path, required=True, metavar="CSV",
+                     help="seriesuid,coordX,coordY,coordZ,diameter_mm in LPS mm")  # fmt: skip
+    one.add_argument("--out", type=Path, required=True, metavar="MODEL_DIR",
+                     help="gets model.pt if the result beats the one that is there")  # fmt: skip
+    one.add_argument("--series", type=Path, metavar="CSV",
+                     help="series that were read completely; those without a row in --annotations "
+                     "are clean (default: only series with annotations)")  # fmt: skip
+    one.add_argument("--patients", type=Path, metavar="CSV",
+                     help="seriesuid,patient_id (default: DICOM PatientID, else every series its "
+                     "own patient)")  # fmt: skip
+    one.add_argument("--init", type=Path, metavar="MODEL", help="start from this model")
+    one.add_argument("--preset", choices=("slim", "paper"), default="slim")
+    length = one.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=_positive_int, metavar="N", help="(default: 4000)")
+    length.add_argument("--minutes", type=float, metavar="M")
+
+    one = command("detect", _detect, "Find nodules in scans.")
+    one.add_argument("images", type=Path, nargs="+", metavar="IMAGE_OR_DIR")
+    one.add_argument("--model", type=Path, required=True, metavar="MODEL")
+    one.add_argument("--out", type=Path, required=True, metavar="CSV")
+    one.add_argument("--pictures", type=Path, metavar="DIR",
+                     help="also draw the findings of every scan")  # fmt: skip
+
+    one = command("evaluate", _evaluate, "FROC and CPM by the rules of LUNA16.")
+    one.add_argument("--annotations", type=Path, required=True, metavar="CSV")
+    one.add_argument("--predictions", type=Path, required=True, metavar="CSV")
+    one.add_argument("--excluded", type=Path, metavar="CSV",
+                     help="findings that count neither as nodule nor as error")  # fmt: skip
+    one.add_argument("--series", type=Path, metavar="CSV",
+                     help="the scans that count (default: those in annotations or predictions)")  # fmt: skip
+    one.add_argument("--json", type=Path, required=True, metavar="OUT")
+    one.add_argument("--plot", type=Path, metavar="PNG")
+    return parser
+
+
+def _positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return value
+
+
+@contextmanager
+def _bar(*columns: TextColumn) -> Iterator[Bar]:
+    """A progress bar with count, time spent and time left on standard error."""
+    with Bar(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+             MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+             TimeRemainingColumn(), *columns, console=_console) as bar:  # fmt: skip
+        yield bar
+
+
+def _phantom(options: argparse.Namespace) -> int:
+    from deepem.phantom import write_phantoms
+
+    with _bar() as bar:
+        task = bar.add_task("phantoms", total=options.count)
+        write_phantoms(
+            options.out,
+            options.count,
+            options.seed,
+            options.size,
+            dicom=options.dicom,
+            on_scan=lambda phantom: bar.advance(task),
+        )
+    print(f"{options.count} scans, annotations.csv, weak_labels.csv and truth.json in {options.out}")
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from deepem.figures import training_plot
+    from deepem.files import write_json
+    from deepem.tables import read_annotations, read_patients, read_series
+    from deepem.training import LabelledStudy, Progress, TrainConfig, train
+    from deepem.volume import find_studies
+
+    annotations = read_annotations(options.annotations)
+    complete = read_series(options.series) if options.series else list(annotations)
+    patients = read_patients(options.patients) if options.patients else {}
+    config = TrainConfig(
+        preset=options.preset,
+        steps=None if options.minutes else options.steps or 4000,
+        minutes=options.minutes,
+        seed=options.seed,
+        device=options.device,
+    )
+    bad: list[str] = []
+    studies = {
+        study.series_uid: replace(study, patient_id=patients.get(study.series_uid, study.patient_id))
+        for study in find_studies(options.studies, lambda error: bad.append(str(error)))
+    }
+    wanted = dict.fromkeys([*complete, *annotations])
+    for missing in [uid for uid in wanted if uid not in studies]:
+        bad.append(f"{options.annotations}: seriesuid: expected a scan in {options.studies}, "
+                   f"got {missing}")  # fmt: skip
+    unlabelled = len(studies.keys() - wanted.keys())
+    if unlabelled:
+        logger.info("%d scans without labels are left out", unlabelled)
+    labelled = [
+        LabelledStudy(studies[uid], tuple(annotations.get(uid, ())))
+        for uid in wanted
+        if uid in studies
+    ]
+    with _bar(TextColumn("{task.fields[state]}")) as bar:
+        task = bar.add_task("starting", total=None, state="")
+
+        def show(progress: Progress) -> None:
+            state = ""
+            if progress.stage != "preparing":
+                state = f"loss {progress.loss:.3f}  best CPM {progress.best_cpm:.3f}"
+            bar.update(task, description=progress.stage, completed=progress.step,
+                       total=progress.steps, state=state)  # fmt: skip
+
+        result = train(config, labelled, options.out, init=options.init, on_progress=show)
+    training_plot(
+        {f"seed {config.seed}": [[(entry["step"], entry["cpm"]) for entry in result.history]]},
+        options.out / "training.png",
+    )
+    write_json(options.out / "training.json", {"reason": result.reason, "history": result.history})
+    print(result.reason)
+    return _listed([*bad, *result.skipped])
+
+
+def _detect(options: argparse.Namespace) -> int:
+    from deepem.detector import Detector
+    from deepem.figures import slice_with_boxes
+    from deepem.nodule import Proposal
+    from deepem.tables import write_predictions
+    from deepem.volume import Study, find_studies, read_volume
+
+    detector = Detector.load(options.model, options.device)
+    bad: list[str] = []
+    studies: dict[str, Study] = {}
+    for path in options.images:
+        try:
+            found = find_studies(path, lambda error: bad.append(str(error)))
+        except InputError as error:
+            bad.append(str(error))
+            continue
+        if not found:
+            bad.append(str(InputError(path, "images", "at least one CT", "none")))
+        for study in found:
+            if study.series_uid in studies:
+                other = studies[study.series_uid].path
+                bad.append(str(InputError(study.path, "series UID", "one that is not used yet",
+                                          f"{study.series_uid}, as {other}")))  # fmt: skip
+            else:
+                studies[study.series_uid] = study
+    predictions: dict[str, list[Proposal]] = {}
+    with _bar() as bar:
+        task = bar.add_task("scans", total=len(studies))
+        for uid, study in studies.items():
+            try:
+                volume = read_volume(study.path, uid if study.path.is_dir() else None)
+                predictions[uid] = detector.detect(volume)
+                if options.pictures:
+                    slice_with_boxes(volume.hu, volume.grid, predictions[uid], [],
+                                     options.pictures / f"{uid}.png", title=uid)  # fmt: skip
+            except InputError as error:
+                bad.append(str(error))
+            bar.advance(task)
+    write_predictions(options.out, predictions)
+    print(f"{sum(map(len, predictions.values()))} proposals in {len(predictions)} scans: {options.out}")
+    return _listed(bad)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from deepem.figures import froc_plot
+    from deepem.files import write_json
+    from deepem.froc import bootstrap_cpm, evaluate
+    from deepem.tables import read_annotations, read_excluded, read_predictions, read_series
+
+    annotations = read_annotations(options.annotations)
+    predictions = read_predictions(options.predictions)
+    excluded = read_excluded(options.excluded) if options.excluded else None
+    if options.series:
+        series = read_series(options.series)
+    else:
+        series = list(dict.fromkeys([*annotations, *predictions]))
+    if not series:
+        raise InputError(options.annotations, "scans", "at least one", "none")
+    with _console.status("evaluating"):
+        froc = evaluate(annotations, predictions, series, excluded)
+        rng = np.random.default_rng(options.seed)
+        low, high = bootstrap_cpm(annotations, predictions, series, excluded, rng=rng)
+    interval = None if np.isnan(low) else [low, high]
+    write_json(options.json, froc.report() | {"cpm_interval_95": interval})
+    if options.plot:
+        froc_plot({options.predictions.stem: froc}, options.plot)
+    print("FP/scan      " + "  ".join(f"{rate:<5g}" for rate in froc.fp_per_scan))
+    print("sensitivity  " + "  ".join(f"{value:.3f}" for value in froc.sensitivity))
+    print(f"CPM {froc.cpm:.4f} (95 % {low:.3f} to {high:.3f}); {froc.true_positives} of "
+          f"{froc.nodules} nodules in {froc.scans} scans, {froc.false_positives} false positives")  # fmt: skip
+    return 0
+
+
+def _listed(bad: Sequence[str]) -> int:
+    """Name what could not be used; the exit code says whether there was any."""
+    for line in bad:
+        print(f"not used: {line}", file=sys.stderr)
+    return 1 if bad else 0
