@@ -114,10 +114,19 @@ def read_volume(path: Path | str, series_uid: str | None = None) -> Volume:
     elif not is_image_file(path):
         raise InputError(path, "image", f"a DICOM folder or one of {_SUFFIXES}", path.name)
     else:
-        nifti = path.name.lower().endswith((".nii", ".nii.gz"))
-        hu, affine = _read_nifti(path) if nifti else _read_itk(path)
+        hu, affine = read_image(path)
         volume = _checked(path, hu, affine, series_uid or series_name(path))
     return volume
+
+
+def read_image(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels (I, J, K, ...) of an image file of any kind, and the (4, 4) affine index -> LPS mm.
+
+    Nothing is said about what the voxels mean; more axes than three come last. InputError for a
+    file that cannot be read.
+    """
+    nifti = path.name.lower().endswith((".nii", ".nii.gz"))
+    return _read_nifti(path) if nifti else _read_itk(path)
 
 
 def resample(
@@ -196,15 +205,12 @@ def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
         image = sitk.ReadImage(str(path))
     except RuntimeError as error:
         raise InputError(path, "file", "a readable image", _itk_reason(error)) from error
-    if image.GetNumberOfComponentsPerPixel() != 1:
-        components = image.GetNumberOfComponentsPerPixel()
-        raise InputError(path, "voxel type", "one number per voxel", f"{components} components")
     if image.GetDimension() != 3:
-        raise InputError(path, "dimensions", "3 (one CT volume)", f"shape {image.GetSize()}")
+        raise InputError(path, "dimensions", "3 (one volume)", f"shape {image.GetSize()}")
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
-    return sitk.GetArrayFromImage(image).transpose(2, 1, 0), affine
+    return np.moveaxis(sitk.GetArrayFromImage(image), (0, 2), (2, 0)), affine
 
 
 @dataclass(frozen=True)
