@@ -83,12 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--dicom", action="store_true", help="DICOM series instead of NIfTI files")
 
     one = command("train", _train, "Train a detector on scans whose nodules are all marked.")
-    one.add_argument("--studies", type=Path, required=True, metavar="DIR")
-    one.add_argument("--annotations", type=Path, required=True, metavar="CSV",
+    one.add_argument("--studies", type=Path, required=True, nargs="+", metavar="DIR")
+    one.add_argument("--annotations", type=Path, required=True, nargs="+", metavar="CSV",
                      help="seriesuid,coordX,coordY,coordZ,diameter_mm in LPS mm")  # fmt: skip
     one.add_argument("--out", type=Path, required=True, metavar="MODEL_DIR",
                      help="gets model.pt if the result beats the one that is there")  # fmt: skip
-    one.add_argument("--series", type=Path, metavar="CSV",
+    one.add_argument("--series", type=Path, nargs="+", default=[], metavar="CSV",
                      help="series that were read completely; those without a row in --annotations "
                      "are clean (default: only series with annotations)")  # fmt: skip
     one.add_argument("--patients", type=Path, metavar="CSV",
@@ -159,8 +159,10 @@ def _train(options: argparse.Namespace) -> int:
     from deepem.training import LabelledStudy, Progress, TrainConfig, train
     from deepem.volume import find_studies
 
-    annotations = read_annotations(options.annotations)
-    complete = read_series(options.series) if options.series else list(annotations)
+    annotations = {
+        uid: nodules for file in options.annotations for uid, nodules in read_annotations(file).items()
+    }
+    complete = [uid for file in options.series for uid in read_series(file)]
     patients = read_patients(options.patients) if options.patients else {}
     config = TrainConfig(
         preset=options.preset,
@@ -172,12 +174,16 @@ def _train(options: argparse.Namespace) -> int:
     bad: list[str] = []
     studies = {
         study.series_uid: replace(study, patient_id=patients.get(study.series_uid, study.patient_id))
-        for study in find_studies(options.studies, lambda error: bad.append(str(error)))
+        for folder in options.studies
+        for study in find_studies(folder, lambda error: bad.append(str(error)))
     }
     wanted = dict.fromkeys([*complete, *annotations])
-    for missing in [uid for uid in wanted if uid not in studies]:
-        bad.append(f"{options.annotations}: seriesuid: expected a scan in {options.studies}, "
-                   f"got {missing}")  # fmt: skip
+    folders = ", ".join(map(str, options.studies))
+    bad += [
+        str(InputError("labels", "seriesuid", f"a scan in {folders}", uid))
+        for uid in wanted
+        if uid not in studies
+    ]
     unlabelled = len(studies.keys() - wanted.keys())
     if unlabelled:
         logger.info("%d scans without labels are left out", unlabelled)

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 _CHECKPOINT_EVERY_S = 30.0
 _EMA_DECAY = 0.998
+_MIN_PATCH = 48
+"""On maps of 2^3, the deepest of a 32^3 patch, oneDNN's bfloat16 weight gradients are wrong."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: expected more than 0, got {value}")
-        if self.patch % 16 or self.patch <= 0:
-            raise ValueError(f"patch: expected a multiple of 16, got {self.patch}")
+        if self.patch % 16 or self.patch < _MIN_PATCH:
+            raise ValueError(
+                f"patch: expected a multiple of 16 from {_MIN_PATCH} on, got {self.patch}"
+            )
         if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share: expected 0..1, got {self.validation_share}")
 
@@ -114,17 +118,29 @@ class TrainResult:
     skipped: list[str] = field(default_factory=list)
 
 
+def patient_hash(patient_id: str) -> str:
+    """What a model card says of a patient: enough to know them again, no name."""
+    return hashlib.blake2b(patient_id.encode(), digest_size=8).hexdigest()
+
+
 def split_by_patient(
-    labelled: Sequence[LabelledStudy], share: float, seed: int
+    labelled: Sequence[LabelledStudy],
+    share: float,
+    seed: int,
+    known: frozenset[str] = frozenset(),
 ) -> tuple[list[LabelledStudy], list[LabelledStudy]]:
     """(training, validation) without a patient in both.
 
     Patients are ordered by a hash, so that a scan that arrives later moves few others. Both sides
-    get at least one patient with a nodule. ValueError when there are fewer than two such.
+    get at least one patient with a nodule. known: `patient_hash` of patients that the model to
+    start from or to beat was trained on; they are held out only if nobody else is there, since a
+    model looks better than it is on scans that it knows.
+    ValueError when fewer than two patients have nodules.
     """
 
-    def rank(patient: str) -> str:
-        return hashlib.blake2b(f"{seed}/{patient}".encode()).hexdigest()
+    def rank(patient: str) -> tuple[bool, str]:
+        order = hashlib.blake2b(f"{seed}/{patient}".encode()).hexdigest()
+        return patient_hash(patient) in known, order
 
     patients = sorted({item.study.patient_id for item in labelled}, key=rank)
     marked = {item.study.patient_id for item in labelled if item.nodules}
@@ -222,13 +238,16 @@ def train(
     validation: Sequence[LabelledStudy] | None = None,
     init: Path | None = None,
     served: Path | None = None,
+    publish_to: Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> TrainResult:
-    """Train on labelled scans and publish ``out/model.pt`` if it beats the model that is served.
+    """Train on labelled scans and publish the model if it beats the one that is served.
+
+    Published is to ``publish_to``, by default ``out/model.pt``.
 
     validation: scans to be judged on; without it a share of the patients is held out. init: model
     to start from (its network then counts, not ``config.preset``). served: the model to beat,
-    ``out/model.pt`` when not given. The averaged weights with the best validation CPM are the
+    by default the one that would be replaced. The averaged weights with the best validation CPM are the
     candidate; a tie keeps the served model.
 
     A run that was killed goes on from ``out/checkpoint.pt`` when it is started again with the same
@@ -237,8 +256,13 @@ def train(
     """
     report = on_progress or (lambda progress: None)
     device = pick_device(config.device)
+    publish_to = publish_to or out / "model.pt"
+    served = served or publish_to
     if validation is None:
-        labelled, validation = split_by_patient(labelled, config.validation_share, config.seed)
+        known = _patients_of(init) | _patients_of(served if served.exists() else None)
+        labelled, validation = split_by_patient(
+            labelled, config.validation_share, config.seed, known
+        )
     total = len(labelled) + len(validation)
     started = time.monotonic()
 
@@ -256,7 +280,6 @@ def train(
             raise ValueError(f"{name} scans: expected at least one nodule in a readable scan, got "
                              f"none in {len(scans)}; skipped: {skipped + skipped_too}")  # fmt: skip
 
-    served = served or out / "model.pt"
     data_fingerprint = _fingerprint_of(training, judged)
     run = _Run.start(config, init, device, out / "checkpoint.pt", data_fingerprint)
     sampler = PatchSampler(training, run.network, config.patch, seed=config.seed)
@@ -284,7 +307,10 @@ def train(
                 "init": fingerprint(load_model(init)[0].state_dict()) if init else None,
             },
             data={"training_scans": len(training), "validation_scans": len(judged),
-                  "training_nodules": sum(len(scan.nodules) for scan in training)},
+                  "training_nodules": sum(len(scan.nodules) for scan in training),
+                  "training_patients": sorted(
+                      {patient_hash(item.study.patient_id) for item in labelled}
+                      | _patients_of(init))},
             data_fingerprint=data_fingerprint,
             metrics={"judged_on": "held-out validation scans, also used to choose the step",
                      "cpm": best["cpm"], "sensitivity": best["sensitivity"],
@@ -296,10 +322,15 @@ def train(
             created_utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             deepem_version=deepem.__version__,
         )  # fmt: skip
-        publish(best["weights"], card, out / "model.pt")
+        publish(best["weights"], card, publish_to)
     (out / "checkpoint.pt").unlink(missing_ok=True)
     logger.info(result.reason)
     return result
+
+
+def _patients_of(model: Path | None) -> frozenset[str]:
+    """Hashes of the patients that a model was trained on, its own start included."""
+    return frozenset(load_model(model)[1].data["training_patients"]) if model else frozenset()
 
 
 def _verdict(cpm: float, served_cpm: float | None, scans: int) -> str:
