@@ -1,0 +1,1 @@
+"""One module per model, named like the model."""

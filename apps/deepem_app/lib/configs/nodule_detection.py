@@ -1,0 +1,35 @@
+"""The model ``nodule_detection``: its labels, its files, and the tasks that use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from monailabel.interfaces.config import TaskConfig
+
+from lib.conf import AppConf
+from lib.infers import NoduleDetection as Infer
+from lib.trainers import NoduleDetection as Trainer
+
+
+class NoduleDetection(TaskConfig):
+    """Served is the model that training published, before that the one shipped with the app."""
+
+    def init(
+        self, name: str, model_dir: str, conf: dict[str, str], planner: Any, **kwargs: Any
+    ) -> None:
+        """Settle labels and files. ``conf`` has been checked by the app."""
+        super().init(name, model_dir, conf, planner, **kwargs)
+        self.settings = AppConf.parse(conf)
+        self.labels = {"nodule": 1}
+        published = Path(model_dir) / f"{name}.pt"
+        shipped = Path(model_dir) / f"pretrained_{name}.pt"
+        self.path = [shipped, published] if self.settings.use_pretrained_model else [published]
+
+    def infer(self) -> Infer:
+        """The task that detects."""
+        return Infer(self.path, self.labels, self.settings)
+
+    def trainer(self) -> Trainer:
+        """The task that trains."""
+        return Trainer(self.path, Path(self.model_dir) / self.name)
