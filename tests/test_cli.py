@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from test_volume import write_nifti
 
 from deepem.cli import main
 from deepem.tables import write_annotations
-from test_volume import write_nifti
 
 SHIPPED = Path(__file__).parent.parent / "apps/deepem_app/model/pretrained_nodule_detection.pt"
 
@@ -43,7 +43,15 @@ def test_detect_and_evaluate_go_on_past_bad_scans_and_name_them(phantoms, tmp_pa
     bad.write_bytes(b"no image")
     found = tmp_path / "found.csv"
     pictures = tmp_path / "pictures"
-    arguments = ["detect", "--model", str(SHIPPED), "--out", str(found), "--pictures", str(pictures)]
+    arguments = [
+        "detect",
+        "--model",
+        str(SHIPPED),
+        "--out",
+        str(found),
+        "--pictures",
+        str(pictures),
+    ]
     images = [str(path) for path in (bad, *good, good[0], tmp_path / "none")]
     assert main([*arguments, *images]) == 1
     told = capsys.readouterr()
@@ -62,7 +70,9 @@ def test_detect_and_evaluate_go_on_past_bad_scans_and_name_them(phantoms, tmp_pa
     assert main(["evaluate", *arguments, "--json", str(report), "--plot", str(plot)]) == 0
     content = json.loads(report.read_text())
     assert content["nodules"] == len(rows(annotations)) - 1 and content["scans"] == 2
-    assert {"fp_per_scan", "sensitivity", "cpm", "true_positives", "false_positives"} <= set(content)
+    assert {"fp_per_scan", "sensitivity", "cpm", "true_positives", "false_positives"} <= set(
+        content
+    )
     assert plot.stat().st_size > 1000
 
 
@@ -71,12 +81,18 @@ def test_detect_and_evaluate_go_on_past_bad_scans_and_name_them(phantoms, tmp_pa
     [
         (["detect", "--model", "none.pt", "--out", "x.csv", "."], "none.pt: model: expected"),
         (["train", "--studies", ".", "--annotations", "none.csv", "--out", "m"], "none.csv: "),
-        (["train", "--studies", ".", "--annotations", "empty.csv", "--out", "m"], "labels: expected"),
+        (
+            ["train", "--studies", ".", "--annotations", "empty.csv", "--out", "m"],
+            "labels: expected",
+        ),
         (
             ["evaluate", "--annotations", "odd.csv", "--predictions", "odd.csv", "--json", "j"],
             "odd.csv: header: expected the columns",
         ),
-        (["detect", "--model", str(SHIPPED), "--device", "tpu", "--out", "x", "."], "device: expected"),
+        (
+            ["detect", "--model", str(SHIPPED), "--device", "tpu", "--out", "x", "."],
+            "device: expected",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
@@ -128,7 +144,9 @@ def test_a_training_killed_for_real_is_taken_up_again(easy_studies, tmp_path):
     assert not checkpoint.exists()
 
 
-def test_scans_without_a_file_are_told_apart_from_labels_without_a_scan(tmp_path, rng, capsys, easy_studies):
+def test_scans_without_a_file_are_told_apart_from_labels_without_a_scan(
+    tmp_path, rng, capsys, easy_studies
+):
     studies = tmp_path / "studies"
     studies.mkdir()
     for item in easy_studies[:2]:

@@ -1,4 +1,4 @@
-"""The detector with the model that ships with the app: its arithmetic must not change its findings."""
+"""The detector with the shipped model: arithmetic and windows must not change its findings."""
 
 import tarfile
 from pathlib import Path
@@ -124,7 +124,9 @@ def test_folding_the_norms_changes_nothing(preset):
 
 def test_what_lies_outside_a_scan_is_soft_tissue_and_coordinates_follow_the_lungs():
     grid = Grid.axis_aligned(np.array([100.0, 0, 0]), 1.0, (4, 4, 4))
-    lungs = Lungs(np.ones((4, 4, 4), bool), grid, np.array([100.0, 0, 0]), np.array([104.0, 2, 8]), True)
+    lungs = Lungs(
+        np.ones((4, 4, 4), bool), grid, np.array([100.0, 0, 0]), np.array([104.0, 2, 8]), True
+    )
     scan = Scan("a", np.full((4, 4, 4), 255, np.uint8), grid, lungs)
     x = network_input(scan, np.array([-2, 0, 2]), (4, 4, 4), 4)
     assert x.shape == (4, 4, 4, 4)
@@ -163,7 +165,5 @@ def test_a_real_scan_gives_the_same_boxes_as_nifti_and_as_dicom(real_data, tmp_p
     dicom = detector.detect(read_volume(find_studies(tmp_path)[0].path))
     assert len(nifti) == len(dicom) > 0
     for one, other in zip(nifti, dicom, strict=True):
-        np.testing.assert_allclose(
-            one.nodule.center_lps_mm, other.nodule.center_lps_mm, atol=0.5
-        )
+        np.testing.assert_allclose(one.nodule.center_lps_mm, other.nodule.center_lps_mm, atol=0.5)
         assert abs(one.nodule.diameter_mm - other.nodule.diameter_mm) < 0.5

@@ -17,7 +17,9 @@ def grids(draw: st.DrawFn) -> Grid:
     spacing_mm = draw(hnp.arrays(float, 3, elements=st.floats(0.3, 8)))
     flips = draw(hnp.arrays(float, 3, elements=st.sampled_from([-1.0, 1.0])))
     affine = np.eye(4)
-    affine[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() * spacing_mm * flips
+    affine[:3, :3] = (
+        Rotation.from_euler("xyz", angles, degrees=True).as_matrix() * spacing_mm * flips
+    )
     affine[:3, 3] = draw(hnp.arrays(float, 3, elements=st.floats(-500, 500)))
     return Grid(affine, (10, 20, 30))
 

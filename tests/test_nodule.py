@@ -38,7 +38,10 @@ def test_lobes_are_read_in_any_case_and_a_typo_names_the_choices():
     [
         ({"series_uid": ""}, "series_uid: expected a name"),
         ({"slice_number": 3}, "slice_convention: expected one exactly where"),
-        ({"slice_number": -3, "slice_convention": SliceConvention.ONE_AT_HEAD}, "0 or more, got -3"),
+        (
+            {"slice_number": -3, "slice_convention": SliceConvention.ONE_AT_HEAD},
+            "0 or more, got -3",
+        ),
         (
             {"slice_number": 3, "slice_convention": SliceConvention.ONE_AT_HEAD, "z_lps_mm": 1.0},
             "a slice number or a z, got both",

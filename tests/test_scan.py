@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
+from test_volume import write_nifti
 
 from deepem.errors import InputError
 from deepem.geometry import Grid
@@ -8,7 +9,6 @@ from deepem.lungs import find_lungs
 from deepem.phantom import make_phantom
 from deepem.scan import ScanCache, prepare
 from deepem.volume import Study, Volume, resample
-from test_volume import write_nifti
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,14 @@ def test_a_patient_looks_the_same_on_every_grid(volume, turn_degrees, spacing_mm
     rng = np.random.default_rng(0)
     inside = rng.uniform(reference.lungs.lowest_lps_mm, reference.lungs.highest_lps_mm, (4000, 3))
     seen = [
-        one.image[tuple(np.rint(one.grid.to_index(inside)).astype(int).clip(0, np.array(one.image.shape) - 1).T)]
+        one.image[
+            tuple(
+                np.rint(one.grid.to_index(inside))
+                .astype(int)
+                .clip(0, np.array(one.image.shape) - 1)
+                .T
+            )
+        ]
         for one in (reference, scan)
     ]
     assert np.corrcoef(*[values.astype(float) for values in seen])[0, 1] > 0.85
@@ -80,9 +87,8 @@ def test_the_window_maps_hu_to_bytes():
     hu[10:15, 20:30] = -300
     scan = prepare(Volume(hu, Grid(np.eye(4), hu.shape), "a"))
     assert not scan.lungs.found and scan.image.shape == hu.shape  # nothing lung-like: everything
-    assert [int(scan.image[at]) for at in [(2, 25, 5), (30, 25, 5), (2, 5, 5), (2, 35, 5), (12, 25, 5)]] == [
-        0, 255, 255, 0, 128,
-    ]  # fmt: skip
+    at = np.array([(2, 25, 5), (30, 25, 5), (2, 5, 5), (2, 35, 5), (12, 25, 5)])
+    assert scan.image[tuple(at.T)].tolist() == [0, 255, 255, 0, 128]
 
 
 def test_lungs_are_found_where_they_are(phantom, volume):
@@ -130,6 +136,6 @@ def test_the_cache_reads_a_scan_once_and_notices_a_new_file(tmp_path, phantom, m
 
 
 def test_the_resampled_volume_outside_is_air(volume):
-    lowest, highest = volume.grid.extent_lps_mm()
+    lowest, _ = volume.grid.extent_lps_mm()
     image, _ = resample(volume, lowest - 10, lowest - 2, 1.0)
     assert (image == -1000).all()

@@ -115,7 +115,9 @@ def test_a_killed_training_ends_as_if_it_had_not_been_killed(easy_studies, tmp_p
     for one, other in zip(straight, resumed, strict=True):
         for name in one:
             torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
-    assert [(e["step"], e["cpm"]) for e in history] == [(e["step"], e["cpm"]) for e in resumed_history]
+    assert [(e["step"], e["cpm"]) for e in history] == [
+        (e["step"], e["cpm"]) for e in resumed_history
+    ]
 
 
 def test_the_checkpoint_of_another_run_is_not_taken_up(easy_studies, tmp_path, caplog):

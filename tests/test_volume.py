@@ -32,7 +32,7 @@ def write_nifti(path, hu, affine_lps_mm=AFFINE_LPS_MM):
 def write_dicom(
     folder, hu, affine_lps_mm=AFFINE_LPS_MM, *, series_uid=None, modality="CT", patient="P1"
 ):
-    """One file per slice, the file names in no order, pixels stored with a slope and an intercept."""
+    """One file per slice, file names in no order, pixels stored with slope and intercept."""
     folder.mkdir(exist_ok=True)
     series_uid = series_uid or generate_uid()
     spacing = np.linalg.norm(affine_lps_mm[:3, :3], axis=0)
@@ -43,7 +43,9 @@ def write_dicom(
         file.SeriesInstanceUID, file.Modality, file.PatientID = series_uid, modality, patient
         file.StudyInstanceUID = series_uid + ".1"
         file.InstanceNumber = hu.shape[2] - k
-        file.ImagePositionPatient = [f"{x:.6f}" for x in affine_lps_mm[:3, 3] + k * affine_lps_mm[:3, 2]]
+        file.ImagePositionPatient = [
+            f"{x:.6f}" for x in affine_lps_mm[:3, 3] + k * affine_lps_mm[:3, 2]
+        ]
         file.ImageOrientationPatient = [f"{x:.9f}" for x in (*row, *column)]
         file.PixelSpacing = [f"{spacing[1]:.6f}", f"{spacing[0]:.6f}"]
         file.Rows, file.Columns = hu.shape[1], hu.shape[0]
@@ -57,7 +59,9 @@ def write_dicom(
         file.file_meta.MediaStorageSOPClassUID = CTImageStorage
         file.file_meta.MediaStorageSOPInstanceUID = file.SOPInstanceUID
         file.is_little_endian, file.is_implicit_VR = True, False
-        file.save_as(folder / f"{(k * 7) % 31:03d}_{series_uid[-6:]}.dcm", write_like_original=False)
+        file.save_as(
+            folder / f"{(k * 7) % 31:03d}_{series_uid[-6:]}.dcm", write_like_original=False
+        )
     return series_uid
 
 
@@ -86,11 +90,15 @@ def test_a_tilted_gantry_is_kept_as_a_sheared_grid(tmp_path, hu):
     tilted = AFFINE_LPS_MM.copy()
     tilted[1, 2] = 0.6
     write_dicom(tmp_path / "tilted", hu, tilted)
-    np.testing.assert_allclose(read_volume(tmp_path / "tilted").grid.affine_lps_mm, tilted, atol=1e-5)
+    np.testing.assert_allclose(
+        read_volume(tmp_path / "tilted").grid.affine_lps_mm, tilted, atol=1e-5
+    )
 
 
 def test_real_slopes_and_a_trailing_axis_are_fine(tmp_path, hu):
-    volume = read_volume(write_nifti(tmp_path / "a.nii.gz", hu[..., None].astype(np.float32) + 0.25))
+    volume = read_volume(
+        write_nifti(tmp_path / "a.nii.gz", hu[..., None].astype(np.float32) + 0.25)
+    )
     assert volume.hu.dtype == np.float32
     np.testing.assert_array_equal(volume.hu, hu + np.float32(0.25))
 
@@ -102,7 +110,11 @@ def bad_files():
     nan[1, 2, 3] = np.nan
     thick = np.diag([0.7, 0.7, 10.0, 1])
     return {
-        "flat": (base[:, :, :1], AFFINE_LPS_MM, r"shape: expected at least 2 voxels.*\(10, 20, 1\)"),
+        "flat": (
+            base[:, :, :1],
+            AFFINE_LPS_MM,
+            r"shape: expected at least 2 voxels.*\(10, 20, 1\)",
+        ),
         "plane": (base[:, :, 0], AFFINE_LPS_MM, r"dimensions: expected 3.*\(10, 20\)"),
         "movie": (np.stack([base] * 3, -1), AFFINE_LPS_MM, r"dimensions: expected 3"),
         "nan": (nan, AFFINE_LPS_MM, "voxels: expected finite HU, got 1 NaN"),

@@ -69,7 +69,8 @@ def assign(
     if len(diameter) == 0:
         nothing = torch.empty(0, dtype=torch.long)
         return Targets(nothing, torch.empty(0, 4), nothing, torch.arange(len(anchor_edge)))
-    iou = box_iou(cubes(anchor_center, anchor_edge), cubes(center_index, diameter))
+    overlap = box_iou(cubes(anchor_center, anchor_edge), cubes(center_index, diameter))
+    iou = torch.as_tensor(overlap)
     best_iou, nodule = iou.max(1)
     negative = (best_iou < NEGATIVE_IOU).nonzero()[:, 0]
 
@@ -116,4 +117,4 @@ def decode(
 
 def suppress(logit: Tensor, center: Tensor, diameter: Tensor, iou: float) -> Tensor:
     """Non-maximum suppression of cubes: indices of the proposals to keep, best first."""
-    return non_max_suppression(cubes(center, diameter), logit, iou)
+    return torch.as_tensor(non_max_suppression(cubes(center, diameter), logit, iou))

@@ -20,11 +20,13 @@ from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress as Bar,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+)
+from rich.progress import (
+    Progress as Bar,
 )
 
 import deepem
@@ -68,9 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"deepem {deepem.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run, summary: str) -> argparse.ArgumentParser:  # noqa: ANN001
-        one = commands.add_parser(name, help=summary, description=summary,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    def command(name: str, run, summary: str) -> argparse.ArgumentParser:
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        one = commands.add_parser(
+            name, help=summary, description=summary, formatter_class=formatter
+        )
         one.set_defaults(run=run)
         one.add_argument("--seed", type=int, default=0, help="of every random choice")
         one.add_argument("--device", default="auto", help="auto, cpu or cuda[:N]")
@@ -113,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--excluded", type=Path, metavar="CSV",
                      help="findings that count neither as nodule nor as error")  # fmt: skip
     one.add_argument("--series", type=Path, metavar="CSV",
-                     help="the scans that count (default: those in annotations or predictions)")  # fmt: skip
+                     help="the scans that count (default: those in the tables)")  # fmt: skip
     one.add_argument("--json", type=Path, required=True, metavar="OUT")
     one.add_argument("--plot", type=Path, metavar="PNG")
     return parser
@@ -148,7 +152,9 @@ def _phantom(options: argparse.Namespace) -> int:
             dicom=options.dicom,
             on_scan=lambda phantom: bar.advance(task),
         )
-    print(f"{options.count} scans, annotations.csv, weak_labels.csv and truth.json in {options.out}")
+    print(
+        f"{options.count} scans, annotations.csv, weak_labels.csv and truth.json in {options.out}"
+    )
     return 0
 
 
@@ -160,7 +166,9 @@ def _train(options: argparse.Namespace) -> int:
     from deepem.volume import find_studies
 
     annotations = {
-        uid: nodules for file in options.annotations for uid, nodules in read_annotations(file).items()
+        uid: nodules
+        for file in options.annotations
+        for uid, nodules in read_annotations(file).items()
     }
     complete = [uid for file in options.series for uid in read_series(file)]
     patients = read_patients(options.patients) if options.patients else {}
@@ -173,7 +181,9 @@ def _train(options: argparse.Namespace) -> int:
     )
     bad: list[str] = []
     studies = {
-        study.series_uid: replace(study, patient_id=patients.get(study.series_uid, study.patient_id))
+        study.series_uid: replace(
+            study, patient_id=patients.get(study.series_uid, study.patient_id)
+        )
         for folder in options.studies
         for study in find_studies(folder, lambda error: bad.append(str(error)))
     }
@@ -251,7 +261,8 @@ def _detect(options: argparse.Namespace) -> int:
                 bad.append(str(error))
             bar.advance(task)
     write_predictions(options.out, predictions)
-    print(f"{sum(map(len, predictions.values()))} proposals in {len(predictions)} scans: {options.out}")
+    total = sum(map(len, predictions.values()))
+    print(f"{total} proposals in {len(predictions)} scans: {options.out}")
     return _listed(bad)
 
 
@@ -280,8 +291,10 @@ def _evaluate(options: argparse.Namespace) -> int:
         froc_plot({options.predictions.stem: froc}, options.plot)
     print("FP/scan      " + "  ".join(f"{rate:<5g}" for rate in froc.fp_per_scan))
     print("sensitivity  " + "  ".join(f"{value:.3f}" for value in froc.sensitivity))
-    print(f"CPM {froc.cpm:.4f} (95 % {low:.3f} to {high:.3f}); {froc.true_positives} of "
-          f"{froc.nodules} nodules in {froc.scans} scans, {froc.false_positives} false positives")  # fmt: skip
+    print(
+        f"CPM {froc.cpm:.4f} (95 % {low:.3f} to {high:.3f}); {froc.true_positives} of "
+        f"{froc.nodules} nodules in {froc.scans} scans, {froc.false_positives} false positives"
+    )
     return 0
 
 

@@ -44,7 +44,7 @@ def network_input(scan: Scan, low: np.ndarray, shape: tuple[int, ...], channels:
     if (inner_low < inner_high).all():
         source = tuple(map(slice, inner_low, inner_high))
         target = tuple(map(slice, inner_low - low, inner_high - low))
-        np.multiply(scan.image[source], np.float32(1 / 255), out=patch[(0, *target)])
+        np.multiply(scan.image[source], np.float32(1 / 255), out=patch[0][target])
     if channels > 1:
         first = scan.lungs.relative(scan.grid.to_world(low))
         last = scan.lungs.relative(scan.grid.to_world(high - 1))
@@ -105,7 +105,7 @@ class Detector:
     def __init__(self, network: NoduleNet, card: ModelCard, device: str = "auto"):
         self.card = card
         self.device = pick_device(device)
-        self._network = fused(network).to(self.device, memory_format=torch.channels_last_3d)
+        self._network = fused(network).to(self.device)
 
     @classmethod
     def load(cls, path: Path, device: str = "auto") -> Detector:

@@ -59,7 +59,7 @@ class Froc:
     curve_threshold: np.ndarray
     """(T,) falling probability; the point counts proposals at or above it. Starts at infinity."""
 
-    def report(self) -> dict[str, int | float | None | list[float | None]]:
+    def report(self) -> dict[str, int | float | list[float | None] | None]:
         """Everything but the curve, ready for JSON: None where a number does not exist."""
         return {
             "fp_per_scan": list(self.fp_per_scan),

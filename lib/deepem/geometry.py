@@ -23,14 +23,16 @@ class Grid:
     """
 
     affine_lps_mm: np.ndarray
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
         affine = np.array(self.affine_lps_mm, dtype=np.float64)
         if affine.shape != (4, 4):
             raise ValueError(f"affine_lps_mm: expected shape (4, 4), got {affine.shape}")
         if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-            raise ValueError(f"affine_lps_mm: expected finite and invertible, got {affine.tolist()}")
+            raise ValueError(
+                f"affine_lps_mm: expected finite and invertible, got {affine.tolist()}"
+            )
         shape = tuple(int(size) for size in self.shape)
         if len(shape) != 3 or min(shape) < 1:
             raise ValueError(f"shape: expected three positive sizes, got {self.shape}")
@@ -40,7 +42,7 @@ class Grid:
 
     @classmethod
     def axis_aligned(
-        cls, origin_lps_mm: np.ndarray, spacing_mm: float, shape: tuple[int, int, int]
+        cls, origin_lps_mm: np.ndarray, spacing_mm: float, shape: tuple[int, ...]
     ) -> Grid:
         """An isotropic grid whose axes i, j, k run along world x, y, z from ``origin_lps_mm``."""
         affine = np.diag([spacing_mm, spacing_mm, spacing_mm, 1.0])
@@ -74,15 +76,13 @@ class Grid:
 def sphere_to_box(
     center_lps_mm: np.ndarray, diameter_mm: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Center (..., 3) and diameter (...) -> the cube around the sphere: center and full edges (..., 3)."""
+    """Center (..., 3) and diameter (...) -> the cube around it: center and full edges (..., 3)."""
     center = np.asarray(center_lps_mm, dtype=np.float64)
     size = np.broadcast_to(np.asarray(diameter_mm, dtype=np.float64)[..., None], center.shape)
     return center, size.copy()
 
 
-def box_to_sphere(
-    center_lps_mm: np.ndarray, size_mm: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Center and full edges (..., 3) -> center (..., 3) and diameter (...): the mean of the edges."""
+def box_to_sphere(center_lps_mm: np.ndarray, size_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Center and full edges (..., 3) -> center (..., 3) and diameter (...), the mean edge."""
     size = np.asarray(size_mm, dtype=np.float64)
     return np.asarray(center_lps_mm, dtype=np.float64), size.mean(-1)

@@ -77,11 +77,7 @@ def load_model(path: Path) -> tuple[NoduleNet, ModelCard]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
         values = dict(content["card"])
-        network = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in values.pop("network").items()
-        }
-        card = ModelCard(network=NetworkConfig(**network), **values)
+        card = ModelCard(network=NetworkConfig(**values.pop("network")), **values)
         weights = content["model"]
         net = NoduleNet(card.network)
         net.load_state_dict(weights)

@@ -8,6 +8,7 @@ block, which is what makes it usable on a CPU.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,14 +70,23 @@ PRESETS = {
 }
 
 
-class ConvNorm(nn.Sequential):
+class ConvNorm(nn.Module):
     """Convolution and batch norm as one unit, so that `fused` can fold the two for inference."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1):
-        super().__init__(
-            nn.Conv3d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False),
-            nn.BatchNorm3d(outputs),
-        )
+        super().__init__()
+        self.conv = nn.Conv3d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+        self.norm: nn.BatchNorm3d | nn.Identity = nn.BatchNorm3d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, I, J, K) -> (B, outputs, I / stride, J / stride, K / stride)."""
+        return self.norm(self.conv(x))
+
+    def fold(self) -> None:
+        """Make one convolution of the two, with the running statistics, in place."""
+        if isinstance(self.norm, nn.BatchNorm3d):
+            self.conv = fuse_conv_bn_eval(self.conv, self.norm)
+            self.norm = nn.Identity()
 
 
 class Residual(nn.Module):
@@ -90,6 +100,7 @@ class Residual(nn.Module):
         self.shortcut = nn.Identity() if same else ConvNorm(inputs, outputs, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, I, J, K) -> (B, outputs, I / stride, J / stride, K / stride)."""
         out = self.second(torch.relu_(self.first(x)))
         return torch.relu_(out + self.shortcut(x))
 
@@ -124,15 +135,12 @@ class NoduleNet(nn.Module):
         self.up4 = nn.ConvTranspose3d(up, up, 2, 2)
         self.merge4 = Residual(up + at4 + (3 if config.coordinates else 0), up)
         anchors = len(config.anchors_mm)
-        self.head = nn.Sequential(
-            nn.Conv3d(up, config.head_width, 1),
-            nn.ReLU(inplace=True),
-            nn.Conv3d(config.head_width, anchors * VALUES_PER_ANCHOR, 1),
-        )
+        last = nn.Conv3d(config.head_width, anchors * VALUES_PER_ANCHOR, 1)
+        self.head = nn.Sequential(nn.Conv3d(up, config.head_width, 1), nn.ReLU(inplace=True), last)
         # A detector that starts by saying "nodule" everywhere spends its first steps unlearning it.
-        with torch.no_grad():
-            self.head[-1].bias.zero_()
-            self.head[-1].bias.view(anchors, VALUES_PER_ANCHOR)[:, 0] = -4.0
+        bias = torch.zeros(anchors, VALUES_PER_ANCHOR)
+        bias[:, 0] = -4.0
+        last.bias = nn.Parameter(bias.flatten())
 
     @property
     def channels(self) -> int:
@@ -140,6 +148,7 @@ class NoduleNet(nn.Module):
         return 4 if self.config.coordinates else 1
 
     def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
         at4 = self.stage4(self.stage2(self.stem(x[:, :1])))
         at8 = self.stage8(at4)
         merged8 = self.merge8(torch.cat([self.up8(self.stage16(at8)), at8], 1))
@@ -147,23 +156,25 @@ class NoduleNet(nn.Module):
         if self.config.coordinates:
             parts.append(nn.functional.avg_pool3d(x[:, 1:], OUTPUT_STRIDE).to(at4.dtype))
         merged4 = self.merge4(torch.cat(parts, 1))
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 boxes would be 2 voxels coarse
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # bfloat16 boxes would be 2 voxels coarse
             return self.head(merged4.float())
 
 
 def fused(network: NoduleNet) -> NoduleNet:
-    """The same network for inference only, every batch norm folded into its convolution, in place."""
+    """The same network for inference only: batch norms are folded into convolutions, in place."""
     network.eval()
     for module in network.modules():
         if isinstance(module, ConvNorm):
-            module[0] = fuse_conv_bn_eval(module[0], module[1])
-            module[1] = nn.Identity()
+            module.fold()
     return network
 
 
 def processor_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; elsewhere it is emulated, up to 50x slower."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    """Whether this CPU multiplies bfloat16 in hardware; emulated it is up to 50 times slower."""
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    capabilities: dict[str, Any] = ask() if ask else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 

@@ -54,7 +54,7 @@ class Patch:
 
 
 class PatchSampler:
-    """Patches of labelled scans. The n-th batch of a seed is always the same, whatever came before."""
+    """Patches of labelled scans; the n-th batch of a seed is the same whatever came before."""
 
     def __init__(
         self, scans: Sequence[LabelledScan], network: NoduleNet, edge: int, *, seed: int
@@ -65,7 +65,9 @@ class PatchSampler:
         self._anchors_mm = network.config.anchors_mm
         self._edge = edge
         self._seed = seed
-        self._nodules = [(at, row) for at, (_, d) in enumerate(self._arrays) for row in range(len(d))]
+        self._nodules = [
+            (at, row) for at, (_, d) in enumerate(self._arrays) for row in range(len(d))
+        ]
         # Larger nodules are rarer than they matter: weight by diameter.
         weights = np.array([self._arrays[at][1][row] for at, row in self._nodules])
         self._weights = weights / weights.sum() if len(weights) else weights

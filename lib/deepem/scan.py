@@ -1,4 +1,4 @@
-"""A scan as the network sees it: cropped to the lungs, 1 mm isotropic, windowed. Train and serve alike."""
+"""A scan as the network sees it, in training and serving: lungs, 1 mm isotropic, windowed."""
 
 from __future__ import annotations
 

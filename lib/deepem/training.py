@@ -1,4 +1,4 @@
-"""Supervised training of the detector (Eq. 1 of Zhu et al. 2018), resumable, judged on held-out scans."""
+"""Supervised training of the detector (Eq. 1 of Zhu et al. 2018), resumable, judged on others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ _MIN_PATCH = 48
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training. Either ``steps`` or ``minutes`` ends it; the learning rate falls to zero by then.
+    """One training. ``steps`` or ``minutes`` ends it; the learning rate falls to zero by then.
 
     patch: edge of the cubic patches in voxels (mm). negative_pool, hard_negatives: of that many
     random negatives of a patch the hardest few are kept (the authors' code: 800 and 2).
@@ -189,9 +189,7 @@ def _warn_outside(labelled: LabelledScan) -> None:
                        labelled.scan.series_uid, labelled.nodules[nodule])  # fmt: skip
 
 
-def measure(
-    network: NoduleNet, scans: Sequence[LabelledScan], device: torch.device
-) -> Froc:
+def measure(network: NoduleNet, scans: Sequence[LabelledScan], device: torch.device) -> Froc:
     """FROC of a network on labelled scans, by the rules of LUNA16."""
     network.eval()
     return evaluate(
@@ -201,7 +199,9 @@ def measure(
     )
 
 
-def detection_loss(maps: Tensor, patches: Sequence[Patch], config: TrainConfig, step: int) -> Tensor:
+def detection_loss(
+    maps: Tensor, patches: Sequence[Patch], config: TrainConfig, step: int
+) -> Tensor:
     """Half the positives' and half the hard negatives' cross-entropy, plus smooth L1 of the boxes.
 
     maps: (B, A * 5, I, J, K). The negatives that count are, in every patch, the ``hard_negatives``
@@ -246,9 +246,9 @@ def train(
     Published is to ``publish_to``, by default ``out/model.pt``.
 
     validation: scans to be judged on; without it a share of the patients is held out. init: model
-    to start from (its network then counts, not ``config.preset``). served: the model to beat,
-    by default the one that would be replaced. The averaged weights with the best validation CPM are the
-    candidate; a tie keeps the served model.
+    to start from (its network then counts, not ``config.preset``). served: the model to beat, by
+    default the one that would be replaced. The averaged weights with the best validation CPM are
+    the candidate; a tie keeps the served model.
 
     A run that was killed goes on from ``out/checkpoint.pt`` when it is started again with the same
     configuration and data, and with ``steps`` it ends exactly as if it had not been killed.
@@ -349,7 +349,7 @@ def _fingerprint_of(*groups: Sequence[LabelledScan]) -> str:
     for scans in groups:
         for item in sorted(scans, key=lambda item: item.scan.series_uid):
             digest.update(item.scan.series_uid.encode())
-            digest.update(np.ascontiguousarray(item.scan.image))
+            digest.update(item.scan.image.tobytes())
             digest.update(repr(item.nodules).encode())
         digest.update(b"/")
     return digest.hexdigest()
@@ -362,7 +362,7 @@ class _Run:
                  key: str):  # fmt: skip
         self.config = config
         self.device = device
-        self.network = network.to(device, memory_format=torch.channels_last_3d)
+        self.network = network.to(device)
         self.averaged = AveragedModel(self.network, avg_fn=_moving_average, use_buffers=True)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
@@ -410,7 +410,9 @@ class _Run:
     def _resume(self) -> None:
         content = torch.load(self._file, map_location=self.device, weights_only=True)
         if content["key"] != self._key:
-            logger.warning("%s is of another configuration or other data: starting anew", self._file)
+            logger.warning(
+                "%s is of another configuration or other data: starting anew", self._file
+            )
             return
         self.network.load_state_dict(content["network"])
         self.averaged.load_state_dict(content["averaged"])
@@ -441,7 +443,6 @@ def _fit(
 ) -> None:
     """The optimiser loop, from where ``run`` is to its end."""
     config = run.config
-    steps_left = config.steps - run.step if config.steps is not None else None
     writer = SummaryWriter(str(tensorboard), purge_step=run.step)
     clock = time.monotonic()
     saved = clock
@@ -503,7 +504,8 @@ def _train_step(run: _Run, patches: list[Patch]) -> float:
 def _validate(
     run: _Run, judged: Sequence[LabelledScan], loss: float, writer: SummaryWriter
 ) -> None:
-    froc = measure(run.averaged.module, judged, run.device)
+    averaged = cast(NoduleNet, run.averaged.module)
+    froc = measure(averaged, judged, run.device)
     sensitivity = [round(float(value), 6) for value in froc.sensitivity]
     run.history.append({
         "step": run.step,
@@ -523,6 +525,6 @@ def _validate(
             "fp_per_scan": [float(rate) for rate in froc.fp_per_scan],
             "weights": {
                 name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-                for name, tensor in run.averaged.module.state_dict().items()
+                for name, tensor in averaged.state_dict().items()
             },
         }

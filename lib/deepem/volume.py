@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -59,9 +60,7 @@ def series_name(path: Path) -> str:
     return path.name[: len(path.name) - len(suffix)]
 
 
-def find_studies(
-    path: Path, on_bad: Callable[[InputError], None] | None = None
-) -> list[Study]:
+def find_studies(path: Path, on_bad: Callable[[InputError], None] | None = None) -> list[Study]:
     """Every series at ``path``: an image file, a DICOM folder, or a folder of both, sorted by name.
 
     Sub-folders are searched as DICOM; labels and hidden folders are not images. A folder with
@@ -138,9 +137,7 @@ def resample(
     """
     extent_mm = np.asarray(highest_lps_mm) - lowest_lps_mm
     shape = np.maximum(np.rint(extent_mm / spacing_mm), 1).astype(int)
-    grid = Grid.axis_aligned(
-        lowest_lps_mm + spacing_mm / 2, spacing_mm, (shape[0], shape[1], shape[2])
-    )
+    grid = Grid.axis_aligned(lowest_lps_mm + spacing_mm / 2, spacing_mm, tuple(shape))
     image = sitk.GetImageFromArray(volume.hu.transpose(2, 1, 0))  # index space: spacing 1, origin 0
     to_index = np.linalg.inv(volume.grid.affine_lps_mm)
     transform = sitk.AffineTransform(
@@ -188,13 +185,13 @@ def _checked(where: Path, hu: np.ndarray, affine_lps_mm: np.ndarray, series_uid:
         raise InputError(
             where, "voxel spacing", f"at most {MAX_SPACING_MM:g} mm", f"{coarsest:.3g} mm"
         )
-    fits_int16 = hu.dtype.kind in "iu" and -32768 <= lowest and highest <= 32767
+    fits_int16 = hu.dtype.kind in "iu" and lowest >= -32768 and highest <= 32767
     return Volume(hu.astype(np.int16 if fits_int16 else np.float32, copy=False), grid, series_uid)
 
 
 def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
-        image = nib.load(path)
+        image: Any = nib.load(path)
         return np.asanyarray(image.dataobj), RAS_TO_LPS @ image.affine
     except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
         raise InputError(path, "file", "a readable NIfTI image", _first_line(error)) from error
@@ -233,7 +230,7 @@ _HEADER_TAGS = [
 
 
 def _ct_series(folder: Path) -> dict[str, list[_Slice]]:
-    """CT series UID -> its slices, of the DICOM files in one folder. Other modalities are logged."""
+    """CT series UID -> slices, of the DICOM files in a folder. Other modalities are logged."""
     series: dict[str, list[_Slice]] = defaultdict(list)
     others: set[str] = set()
     files = [file for file in sorted(folder.iterdir()) if file.is_file()]
@@ -263,8 +260,8 @@ def _ct_series(folder: Path) -> dict[str, list[_Slice]]:
         except (AttributeError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(file, "DICOM header", "position, orientation and spacing of a CT slice",
-                             _first_line(error)) from error  # fmt: skip
+            wanted = "position, orientation and spacing of a CT slice"
+            raise InputError(file, "DICOM header", wanted, _first_line(error)) from error
     for other in sorted(others):
         logger.info("%s: skipped series %s: not a CT", folder, other)
     if not series:
@@ -276,7 +273,9 @@ def _ct_series(folder: Path) -> dict[str, list[_Slice]]:
 def _read_dicom(folder: Path, series_uid: str | None) -> Volume:
     series = _ct_series(folder)
     if series_uid is None and len(series) > 1:
-        listing = "; ".join(f"{uid} ({len(slices)} files)" for uid, slices in sorted(series.items()))
+        listing = "; ".join(
+            f"{uid} ({len(slices)} files)" for uid, slices in sorted(series.items())
+        )
         raise InputError(folder, "DICOM series", "one, or the UID of one of them", listing)
     uid = series_uid or next(iter(series))
     if uid not in series:
@@ -296,9 +295,9 @@ def _stacked(folder: Path, slices: list[_Slice]) -> tuple[list[_Slice], np.ndarr
     first = slices[0]
     for item in slices[1:]:
         for field in ("orientation", "spacing_mm", "shape"):
-            if not np.allclose(getattr(item, field), getattr(first, field), atol=1e-3):
-                raise InputError(item.path, field, f"{getattr(first, field)} as in {first.path.name}",
-                                 getattr(item, field))  # fmt: skip
+            expected, got = getattr(first, field), getattr(item, field)
+            if not np.allclose(got, expected, atol=1e-3):
+                raise InputError(item.path, field, f"{expected} as in {first.path.name}", got)
     if len(slices) < 2:
         raise InputError(folder, "slices", "at least 2", len(slices))
     row, column = np.reshape(first.orientation, (2, 3))
