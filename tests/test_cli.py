@@ -34,7 +34,10 @@ def test_phantom_writes_images_labels_and_truth(phantoms):
         "seriesuid", "coordX", "coordY", "coordZ", "diameter_mm",
     ]  # fmt: skip
     assert rows(phantoms / "weak_labels.csv")[0][:3] == ["seriesuid", "lobe", "slice_number"]
-    assert json.loads((phantoms / "truth.json").read_text())
+    truth = json.loads((phantoms / "truth.json").read_text())
+    assert {row[0] for row in rows(phantoms / "series.csv")[1:]} == {
+        scan["seriesuid"] for scan in truth["scans"]
+    }
 
 
 def test_detect_and_evaluate_go_on_past_bad_scans_and_name_them(phantoms, tmp_path, capsys):

@@ -129,6 +129,13 @@ def test_the_checkpoint_of_another_run_is_not_taken_up(easy_studies, tmp_path, c
     assert result.history[-1]["step"] == SHORT.steps
 
 
+def test_the_network_of_the_paper_trains_on_four_channels(easy_studies, tmp_path):
+    config = replace(SHORT, preset="paper", steps=2, batch=1, validate_times=1)
+    result = train(config, easy_studies[:3], tmp_path)
+    assert [entry["step"] for entry in result.history] == [2]
+    assert math.isfinite(result.history[0]["loss"])
+
+
 def test_minutes_end_a_training_too(easy_studies, tmp_path):
     config = replace(SHORT, steps=None, minutes=0.05, validate_times=1)
     result = train(config, easy_studies, tmp_path)

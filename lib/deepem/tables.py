@@ -19,7 +19,7 @@ import pandas as pd
 
 from deepem.errors import InputError
 from deepem.files import atomic_path
-from deepem.nodule import MAX_DIAMETER_MM, Nodule, Proposal, WeakLabel
+from deepem.nodule import MAX_DIAMETER_MM, CleanStatement, Nodule, Proposal, WeakLabel
 
 ANNOTATION_COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ", "diameter_mm")
 PREDICTION_COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ", "probability", "diameter_mm")
@@ -34,6 +34,11 @@ WEAK_LABEL_COLUMNS = (
     "attenuation",
     "source",
 )
+WEAK_LABEL_EXTRA_COLUMNS = ("margin", "series_number")
+"""Written only where some label has them."""
+
+NO_NODULES = "no nodules"
+"""Stands in the column ``lobe`` of a row that says that the scan has none."""
 
 TYPICAL_DIAMETER_MM = 6.4
 """Stands in where a prediction has no diameter: the median of the 1186 nodules of LUNA16."""
@@ -100,6 +105,11 @@ def read_series(path: _PathLike) -> list[str]:
     return rows["seriesuid"].tolist()
 
 
+def write_series(path: _PathLike, series: Iterable[str]) -> None:
+    """Write what `read_series` reads: for example the scans that were read completely."""
+    _write(path, ("seriesuid",), [(uid,) for uid in series])
+
+
 def read_patients(path: _PathLike) -> dict[str, str]:
     """Patient of every series; both stay text."""
     table = _read(path, PATIENT_COLUMNS)
@@ -128,22 +138,35 @@ def write_predictions(path: _PathLike, predictions: Mapping[str, Sequence[Propos
     _write(path, PREDICTION_COLUMNS, rows)
 
 
-def write_weak_labels(path: _PathLike, labels: Iterable[WeakLabel]) -> None:
-    """Write weak labels; an empty field means unknown."""
-    rows = [
-        (
-            label.series_uid,
-            label.lobe.value if label.lobe else None,
-            label.slice_number,
-            label.slice_convention.value if label.slice_convention else None,
-            label.z_lps_mm,
-            label.diameter_mm,
-            label.attenuation,
-            label.source,
-        )
+def write_weak_labels(
+    path: _PathLike, labels: Iterable[WeakLabel], clean: Iterable[CleanStatement] = ()
+) -> None:
+    """Write weak labels, then clean scans; an empty field means unknown."""
+    records = [
+        {
+            "seriesuid": label.series_uid,
+            "lobe": label.lobe and label.lobe.value,
+            "slice_number": label.slice_number,
+            "slice_convention": label.slice_convention and label.slice_convention.value,
+            "z_lps_mm": label.z_lps_mm,
+            "diameter_mm": label.diameter_mm,
+            "attenuation": label.attenuation,
+            "source": label.source,
+            "margin": label.margin,
+            "series_number": label.series_number,
+        }
         for label in labels
     ]
-    _write(path, WEAK_LABEL_COLUMNS, rows)
+    records += [
+        {"seriesuid": item.series_uid, "lobe": NO_NODULES, "source": item.source} for item in clean
+    ]
+    extra = [
+        name
+        for name in WEAK_LABEL_EXTRA_COLUMNS
+        if any(record.get(name) is not None for record in records)
+    ]
+    columns = (*WEAK_LABEL_COLUMNS, *extra)
+    _write(path, columns, [tuple(record.get(name) for name in columns) for record in records])
 
 
 def _write(path: _PathLike, columns: Sequence[str], rows: Sequence[tuple]) -> None:
@@ -153,8 +176,11 @@ def _write(path: _PathLike, columns: Sequence[str], rows: Sequence[tuple]) -> No
         table.to_csv(aside, index=False, lineterminator="\n")
 
 
-def _read_rows(path: _PathLike) -> pd.DataFrame:
-    """The file as text: one row per line that is not blank, indexed by its number in the file."""
+def read_lines(path: _PathLike) -> list[tuple[int, list[str]]]:
+    """Fields, as text, of every line that is not blank, with its number in the file; at least one.
+
+    InputError when the file cannot be read as CSV.
+    """
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
         if "\0" in text:
@@ -170,6 +196,12 @@ def _read_rows(path: _PathLike) -> pd.DataFrame:
     lines = [(number, fields) for number, fields in lines if any(fields)]
     if not lines:
         raise InputError(path, "file", "a CSV file", "an empty file")
+    return lines
+
+
+def _read_rows(path: _PathLike) -> pd.DataFrame:
+    """The file as text: one row per line that is not blank, indexed by its number in the file."""
+    lines = read_lines(path)
     width = len(lines[0][1])
     for number, fields in lines:
         if len(fields) > width:

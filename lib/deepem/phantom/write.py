@@ -18,7 +18,7 @@ from deepem.files import atomic_path, write_json
 from deepem.geometry import RAS_TO_LPS, Grid
 from deepem.nodule import Nodule, WeakLabel
 from deepem.phantom.chest import Phantom, make_phantom
-from deepem.tables import write_annotations, write_weak_labels
+from deepem.tables import write_annotations, write_series, write_weak_labels
 
 RESCALE_INTERCEPT = -1024
 
@@ -40,8 +40,8 @@ def write_phantoms(
     """Write ``count`` phantoms to the folder ``out``; a second run gives the same bytes.
 
     Per scan `<series UID>.nii.gz`, or with ``dicom`` a folder `<series UID>` of DICOM files, and
-    `lobes/<series UID>.nii.gz`; for all of them `annotations.csv`, `weak_labels.csv` and
-    `truth.json`, which are written last. ``on_scan`` is called after each scan.
+    `lobes/<series UID>.nii.gz`; for all of them `annotations.csv`, `series.csv` (clean scans have
+    no row in the annotations), `weak_labels.csv` and `truth.json`, which are written last. ``on_scan`` is called after each scan.
     """
     if count < 1:
         raise ValueError(f"count: expected 1 or more, got {count}")
@@ -63,6 +63,7 @@ def write_phantoms(
         if on_scan:
             on_scan(phantom)
     write_annotations(out / "annotations.csv", annotations)
+    write_series(out / "series.csv", annotations)
     write_weak_labels(out / "weak_labels.csv", weak_labels)
     write_json(out / "truth.json", {"seed": seed, "size": size, "scans": truth})
 
