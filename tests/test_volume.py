@@ -1,3 +1,4 @@
+import re
 import tarfile
 
 import nibabel as nib
@@ -163,8 +164,9 @@ def test_missing_and_unknown_files(tmp_path):
 
 def test_several_series_are_listed_and_chosen_by_uid(tmp_path, hu):
     first = write_dicom(tmp_path / "d", hu)
-    second = write_dicom(tmp_path / "d", hu[:, :, :12], AFFINE_LPS_MM, series_uid=first[:-2] + ".2")
-    with pytest.raises(InputError, match=rf"{first} \(30 files\); {second} \(12 files\)"):
+    second = write_dicom(tmp_path / "d", hu[:, :, :12])
+    listing = "; ".join(sorted([f"{first} (30 files)", f"{second} (12 files)"]))
+    with pytest.raises(InputError, match=re.escape(listing)):
         read_volume(tmp_path / "d")
     assert read_volume(tmp_path / "d", second).hu.shape == (10, 20, 12)
     with pytest.raises(InputError, match=r"series UID: expected one of .* got 9\.9"):

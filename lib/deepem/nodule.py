@@ -8,6 +8,9 @@ from enum import Enum
 
 MAX_DIAMETER_MM = 100.0
 
+ATTENUATIONS = ("solid", "part_solid", "ground_glass")
+MARGINS = ("smooth", "lobulated", "spiculated", "poorly_defined")
+
 
 @dataclass(frozen=True)
 class Nodule:
@@ -71,6 +74,7 @@ class SliceConvention(Enum):
     DICOM_INSTANCE = "dicom_instance"  # the InstanceNumber of the DICOM file
     ONE_AT_HEAD = "one_at_head"
     ZERO_AT_FEET = "zero_at_feet"
+    UNDECLARED = "undeclared"  # nobody said; to be found out over the corpus, or refused
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,10 @@ class WeakLabel:
     """One nodule as a record reports it: roughly where, never exactly.
 
     ``lobe`` and the slice are None when unknown. The slice is either ``slice_number`` with its
-    ``slice_convention``, or ``z_lps_mm``; never both.
+    ``slice_convention``, or ``z_lps_mm``; never both. A number of DICOM images may say of which
+    series of the study it is (``series_number``); without, it is one of ``series_uid``.
+    ``attenuation`` and ``margin`` are one of `ATTENUATIONS` and `MARGINS`. ``source`` is where a
+    person can look it up: file and row, or file and character span.
     """
 
     series_uid: str
@@ -89,6 +96,8 @@ class WeakLabel:
     diameter_mm: float | None = None
     attenuation: str | None = None
     source: str = ""
+    margin: str | None = None
+    series_number: int | None = None
 
     def __post_init__(self) -> None:
         if not self.series_uid:
@@ -108,3 +117,25 @@ class WeakLabel:
             raise ValueError(
                 f"diameter_mm: expected (0, {MAX_DIAMETER_MM:g}], got {self.diameter_mm}"
             )
+        if self.series_number is not None and (
+            self.slice_convention is not SliceConvention.DICOM_INSTANCE
+        ):
+            raise ValueError(
+                f"series_number: expected only with dicom_instance, got {self.slice_convention}"
+            )
+        for field, choices in (("attenuation", ATTENUATIONS), ("margin", MARGINS)):
+            value = getattr(self, field)
+            if value is not None and value not in choices:
+                raise ValueError(f"{field}: expected one of {choices}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class CleanStatement:
+    """A record that says of a scan: no nodules."""
+
+    series_uid: str
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.series_uid:
+            raise ValueError("series_uid: expected a name, got an empty text")

@@ -27,6 +27,10 @@ MAX_SPACING_MM = 8.0
 _AIR_HU = -200
 """Some voxel of every chest CT lies below: lung, or the air around the patient."""
 
+_NIFTI_ERRORS = (
+    OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError
+)  # fmt: skip
+
 _SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
 
 
@@ -118,6 +122,26 @@ def read_volume(path: Path | str, series_uid: str | None = None) -> Volume:
     return volume
 
 
+def read_grid(path: Path | str, series_uid: str | None = None) -> Grid:
+    """Grid of what `read_volume` reads, from the headers alone; InputError where there is none."""
+    path = Path(path)
+    if path.is_dir():
+        slices, affine = _stacked(path, _chosen(path, series_uid)[1])
+        rows, columns = slices[0].shape
+        shape: tuple[int, ...] = (columns, rows, len(slices))
+    elif path.is_file() and is_image_file(path):
+        nifti = path.name.lower().endswith((".nii", ".nii.gz"))
+        shape, affine = _nifti_header(path) if nifti else _itk_header(path)
+    else:
+        raise InputError(path, "image", f"a DICOM folder or one of {_SUFFIXES}", "none")
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    try:
+        return Grid(affine, shape)
+    except ValueError as error:
+        raise InputError(path, "geometry", "a 3D volume with an invertible affine", error) from None
+
+
 def read_image(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Voxels (I, J, K, ...) of an image file of any kind, and the (4, 4) affine index -> LPS mm.
 
@@ -193,7 +217,15 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         image: Any = nib.load(path)
         return np.asanyarray(image.dataobj), RAS_TO_LPS @ image.affine
-    except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
+    except _NIFTI_ERRORS as error:
+        raise InputError(path, "file", "a readable NIfTI image", _first_line(error)) from error
+
+
+def _nifti_header(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
+    try:
+        image: Any = nib.load(path)
+        return image.shape, RAS_TO_LPS @ image.affine
+    except _NIFTI_ERRORS as error:
         raise InputError(path, "file", "a readable NIfTI image", _first_line(error)) from error
 
 
@@ -204,10 +236,26 @@ def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(path, "file", "a readable image", _itk_reason(error)) from error
     if image.GetDimension() != 3:
         raise InputError(path, "dimensions", "3 (one volume)", f"shape {image.GetSize()}")
+    return np.moveaxis(sitk.GetArrayFromImage(image), (0, 2), (2, 0)), _itk_affine(image)
+
+
+def _itk_header(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise InputError(path, "file", "a readable image", _itk_reason(error)) from error
+    if reader.GetDimension() != 3:
+        raise InputError(path, "dimensions", "3 (one volume)", f"shape {reader.GetSize()}")
+    return reader.GetSize(), _itk_affine(reader)
+
+
+def _itk_affine(image: sitk.Image | sitk.ImageFileReader) -> np.ndarray:
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
-    return np.moveaxis(sitk.GetArrayFromImage(image), (0, 2), (2, 0)), affine
+    return affine
 
 
 @dataclass(frozen=True)
@@ -270,7 +318,8 @@ def _ct_series(folder: Path) -> dict[str, list[_Slice]]:
     return dict(series)
 
 
-def _read_dicom(folder: Path, series_uid: str | None) -> Volume:
+def _chosen(folder: Path, series_uid: str | None) -> tuple[str, list[_Slice]]:
+    """The series ``series_uid`` of a folder, or its only one."""
     series = _ct_series(folder)
     if series_uid is None and len(series) > 1:
         listing = "; ".join(
@@ -280,7 +329,12 @@ def _read_dicom(folder: Path, series_uid: str | None) -> Volume:
     uid = series_uid or next(iter(series))
     if uid not in series:
         raise InputError(folder, "series UID", f"one of {sorted(series)}", uid)
-    slices, affine = _stacked(folder, series[uid])
+    return uid, series[uid]
+
+
+def _read_dicom(folder: Path, series_uid: str | None) -> Volume:
+    uid, files = _chosen(folder, series_uid)
+    slices, affine = _stacked(folder, files)
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames([str(item.path) for item in slices])
     try:
