@@ -1,4 +1,4 @@
-"""The command line: ``deepem phantom | train | detect | evaluate``.
+"""The command line: ``deepem phantom | train | detect | evaluate | weak-labels check | e-step``.
 
 Exit code 0: done; 1: done, but some scans could not be used (they are listed); 2: bad input, one
 line on standard error; 130: interrupted.
@@ -120,6 +120,27 @@ def _parser() -> argparse.ArgumentParser:
                      help="the scans that count (default: those in the tables)")  # fmt: skip
     one.add_argument("--json", type=Path, required=True, metavar="OUT")
     one.add_argument("--plot", type=Path, metavar="PNG")
+
+    one = command("weak-labels", _weak_labels, "Audit records before anything is trained on them.")
+    one.add_argument("action", choices=("check",))
+    one.add_argument("--studies", type=Path, required=True, metavar="DIR")
+    one.add_argument("--weak-labels", type=Path, metavar="CSV")
+    one.add_argument("--nlst", type=Path, metavar="CSV", help="Spiral CT Abnormalities table")
+    one.add_argument("--nlst-series", type=Path, metavar="CSV", help="pid,study_yr,seriesuid")
+    one.add_argument("--reports", type=Path, metavar="DIR_OR_CSV", help="free text")
+
+    one = command("e-step", _e_step, "Which proposal does each weak label describe?")
+    one.add_argument("--studies", type=Path, required=True, metavar="DIR")
+    one.add_argument("--weak-labels", type=Path, required=True, metavar="CSV")
+    source = one.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=Path, metavar="MODEL")
+    source.add_argument("--proposals", type=Path, metavar="CSV", help="as `detect` writes them")
+    one.add_argument("--method", choices=("map", "sampling", "soft"), default="map")
+    one.add_argument("--null", type=float, nargs="?", const=0.1, default=0.0, metavar="WEIGHT",
+                     help="let the null hypothesis compete (without WEIGHT: 0.1)")  # fmt: skip
+    one.add_argument("--joint", action="store_true", help="no two labels describe one nodule")
+    one.add_argument("--size", action="store_true", help="reported diameters are evidence too")
+    one.add_argument("--json", type=Path, required=True, metavar="OUT")
     return parser
 
 
@@ -296,6 +317,90 @@ def _evaluate(options: argparse.Namespace) -> int:
         f"{froc.nodules} nodules in {froc.scans} scans, {froc.false_positives} false positives"
     )
     return 0
+
+
+def _weak_labels(options: argparse.Namespace) -> int:
+    from deepem.weak_labels import check, render
+
+    if not (options.weak_labels or options.nlst or options.reports):
+        raise ValueError("expected at least one of --weak-labels, --nlst, --reports")
+    bad: list[str] = []
+    result = check(
+        options.studies,
+        options.weak_labels,
+        options.nlst,
+        options.nlst_series,
+        options.reports,
+        on_bad=lambda error: bad.append(str(error)),
+    )
+    Console().print(render(result))
+    return _listed(bad) or int(bool(result.rejected))
+
+
+def _e_step(options: argparse.Namespace) -> int:
+    from deepem.detector import Detector
+    from deepem.em import METHODS
+    from deepem.explain import explain
+    from deepem.files import write_json
+    from deepem.lungs import find_lungs
+    from deepem.observation import LobeModel, ObservationModel, SliceModel
+    from deepem.scan import prepare
+    from deepem.tables import read_predictions
+    from deepem.volume import find_studies, read_volume
+    from deepem.weak_labels import in_patient_space, read_slices, read_weak_labels
+
+    records = read_weak_labels(options.weak_labels)
+    detector = Detector.load(options.model, options.device) if options.model else None
+    given = read_predictions(options.proposals) if options.proposals else {}
+    model = ObservationModel(SliceModel(), LobeModel.anatomical(), options.size)
+    rng = np.random.default_rng(options.seed)
+    bad = [str(error) for error in records.rejected]
+    found = find_studies(options.studies, lambda error: bad.append(str(error)))
+    studies = {study.series_uid: study for study in found}
+    wanted = {label.series_uid: None for label in records.labels if label.series_uid in studies}
+    slices, answers = {}, {}
+    with _bar() as bar:
+        task = bar.add_task("scans", total=len(wanted))
+        for uid in wanted:
+            try:
+                slices[uid] = read_slices(studies[uid])
+            except InputError as error:
+                bad.append(str(error))
+        placed, rejected = in_patient_space(records.labels, slices)
+        bad += map(str, rejected)
+        for uid in wanted:
+            labels = [label for label in placed if label.series_uid == uid]
+            try:
+                folder = studies[uid].path.is_dir()
+                volume = read_volume(studies[uid].path, uid if folder else None)
+            except InputError as error:
+                bad.append(str(error))
+                continue
+            if detector:
+                scan = prepare(volume)
+                lungs, proposals = scan.lungs, detector.propose(scan)
+            else:
+                lungs, proposals = find_lungs(volume), given.get(uid, [])
+            posterior = explain(
+                labels, proposals, lungs, model, null=options.null, joint=options.joint
+            )
+            chosen = METHODS[options.method](posterior, rng)
+            for row, label in enumerate(labels):
+                evidence = posterior.log_evidence[row]
+                answers[label.source] = {
+                    "seriesuid": uid,
+                    "source": label.source,
+                    "posterior": posterior.posterior[row].tolist(),
+                    "null": float(posterior.null[row]),
+                    "chosen": chosen[row],
+                    "evidence": float(evidence) if np.isfinite(evidence) else None,
+                }
+            bar.advance(task)
+    in_order = [answers[one.source] for one in records.labels if one.source in answers]
+    write_json(options.json, {"method": options.method, "labels": in_order})
+    unexplained = sum(not answer["chosen"] for answer in in_order)
+    print(f"{len(in_order)} labels, {unexplained} of them unexplained: {options.json}")
+    return _listed(bad)
 
 
 def _listed(bad: Sequence[str]) -> int:

@@ -41,7 +41,8 @@ def write_phantoms(
 
     Per scan `<series UID>.nii.gz`, or with ``dicom`` a folder `<series UID>` of DICOM files, and
     `lobes/<series UID>.nii.gz`; for all of them `annotations.csv`, `series.csv` (clean scans have
-    no row in the annotations), `weak_labels.csv` and `truth.json`, which are written last. ``on_scan`` is called after each scan.
+    no row in the annotations), `weak_labels.csv` and `truth.json`, which are written last.
+    ``on_scan`` is called after each scan.
     """
     if count < 1:
         raise ValueError(f"count: expected 1 or more, got {count}")

@@ -1,0 +1,43 @@
+"""Weak labels of one scan against its proposals: where the E-step meets the scan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.special import log_expit
+
+from deepem.em import Posterior, e_step
+from deepem.lungs import Lungs
+from deepem.nodule import Proposal, WeakLabel
+from deepem.observation import ObservationModel
+
+
+def explain(
+    labels: Sequence[WeakLabel],
+    proposals: Sequence[Proposal],
+    lungs: Lungs,
+    model: ObservationModel,
+    *,
+    null: float = 0.0,
+    joint: bool = False,
+) -> Posterior:
+    """Posterior of the labels of one scan over its proposals, in the order of both.
+
+    labels: with their slices in patient space (`weak_labels.in_patient_space`); an unknown lobe or
+    slice contributes no factor. null: weight of the null hypothesis, as the probability of a
+    proposal that fits the label perfectly and would be as likely; 0 switches it off.
+    """
+    unplaced = [label for label in labels if label.slice_number is not None]
+    if unplaced:
+        raise ValueError(f"labels: expected slices as z_lps_mm, got {unplaced[0]}")
+    z_lps_mm = np.array([np.nan if one.z_lps_mm is None else one.z_lps_mm for one in labels])
+    center_lps_mm = np.array([one.nodule.center_lps_mm for one in proposals]).reshape(-1, 3)
+    diameter_mm = np.array([one.nodule.diameter_mm for one in proposals])
+    log_prior = log_expit(np.array([one.logit for one in proposals], dtype=np.float64))
+    log_p = model.log_observation(labels, z_lps_mm, center_lps_mm, diameter_mm, lungs)
+    # A density has a unit: a perfect fit is the peak of Eq. 3 for labels that name a slice.
+    peak = model.slice.log_density(np.zeros(1))[0]
+    log_null = (math.log(null) if null > 0 else -np.inf) + np.where(np.isfinite(z_lps_mm), peak, 0)
+    return e_step(log_prior, log_p, log_null=log_null, joint=joint)
