@@ -37,6 +37,7 @@ class LabelledScan:
 
     scan: Scan
     nodules: tuple[Nodule, ...]
+    patient_id: str = ""
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """Center indices (M, 3) in the prepared scan, and diameters in mm (M,)."""

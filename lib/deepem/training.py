@@ -171,7 +171,7 @@ def load_labelled(
     for count, item in enumerate(labelled, 1):
         try:
             scan = cache.get(item.study)
-            scans.append(LabelledScan(scan, item.nodules))
+            scans.append(LabelledScan(scan, item.nodules, item.study.patient_id))
             _warn_outside(scans[-1])
         except InputError as error:
             logger.warning("skipped: %s", error)
@@ -298,34 +298,53 @@ def train(
         skipped=skipped + skipped_too,
     )
     if result.published:
-        card = ModelCard(
-            network=run.network.config,
-            training=asdict(config) | {
-                "steps": run.step,
-                "minutes_measured": round(run.elapsed_s / 60, 2),
-                "device_type": device.type,
-                "init": fingerprint(load_model(init)[0].state_dict()) if init else None,
-            },
-            data={"training_scans": len(training), "validation_scans": len(judged),
-                  "training_nodules": sum(len(scan.nodules) for scan in training),
-                  "training_patients": sorted(
-                      {patient_hash(item.study.patient_id) for item in labelled}
-                      | _patients_of(init))},
-            data_fingerprint=data_fingerprint,
-            metrics={"judged_on": "held-out validation scans, also used to choose the step",
-                     "cpm": best["cpm"], "sensitivity": best["sensitivity"],
-                     "fp_per_scan": best["fp_per_scan"], "scans": len(judged),
-                     "nodules": sum(len(scan.nodules) for scan in judged),
-                     "served_cpm": served_cpm},
-            history=run.history,
-            weights_fingerprint=fingerprint(best["weights"]),
-            created_utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            deepem_version=deepem.__version__,
-        )  # fmt: skip
+        card = _card(run, init, training, judged, data_fingerprint, served_cpm)
         publish(best["weights"], card, publish_to)
     (out / "checkpoint.pt").unlink(missing_ok=True)
     logger.info(result.reason)
     return result
+
+
+def _card(
+    run: _Run,
+    init: Path | None,
+    training: Sequence[LabelledScan],
+    judged: Sequence[LabelledScan],
+    data_fingerprint: str,
+    served_cpm: float | None,
+) -> ModelCard:
+    """All that was measured on the best weights of a run, and what they were made of."""
+    patients = {patient_hash(scan.patient_id) for scan in training} | _patients_of(init)
+    return ModelCard(
+        network=run.network.config,
+        training={
+            **asdict(run.config),
+            "steps": run.step,
+            "minutes_measured": round(run.elapsed_s / 60, 2),
+            "device_type": run.device.type,
+            "init": load_model(init)[1].weights_fingerprint if init else None,
+        },
+        data={
+            "training_scans": len(training),
+            "training_nodules": sum(len(scan.nodules) for scan in training),
+            "training_patients": sorted(patients),
+            "validation_scans": len(judged),
+        },
+        data_fingerprint=data_fingerprint,
+        metrics={
+            "judged_on": "held-out validation scans, also used to choose the step",
+            "scans": len(judged),
+            "nodules": sum(len(scan.nodules) for scan in judged),
+            "cpm": run.best["cpm"],
+            "fp_per_scan": run.best["fp_per_scan"],
+            "sensitivity": run.best["sensitivity"],
+            "served_cpm": served_cpm,
+        },
+        history=run.history,
+        weights_fingerprint=fingerprint(run.best["weights"]),
+        created_utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        deepem_version=deepem.__version__,
+    )
 
 
 def _patients_of(model: Path | None) -> frozenset[str]:
