@@ -212,5 +212,5 @@ def test_a_mask_of_a_lung_is_no_nodule(tmp_path):
 
 def test_a_corrupt_labelmap_is_refused(tmp_path):
     (tmp_path / "mask.nii.gz").write_bytes(b"no image")
-    with pytest.raises(InputError, match="a readable labelmap"):
+    with pytest.raises(InputError, match="a readable NIfTI image"):
         read_label(tmp_path / "mask.nii.gz")
