@@ -69,3 +69,12 @@ def test_decoding_keeps_the_best_above_the_threshold():
     assert center.tolist() == [[5.5, 5.5, 5.5], [5.5, 5.5, 1.5]]  # cell 1 covers voxels 4..7
     assert diameter.tolist() == [6, 6]
     assert len(decode(maps, (6.0,), -1.0, 3)[0]) == 3
+
+
+def test_a_place_is_proposed_once_whatever_the_sizes():
+    """A cube of 6 in one of 14 has an IoU of .08; the better one stays, and the neighbour."""
+    center = torch.tensor([[20.0, 20, 20], [21.0, 20, 20], [30.0, 20, 20]])
+    diameter = torch.tensor([14.0, 6.0, 6.0])
+    assert suppress(torch.tensor([3.0, 2.0, 1.0]), center, diameter, 0.1).tolist() == [0, 2]
+    assert suppress(torch.tensor([2.0, 3.0, 1.0]), center, diameter, 0.1).tolist() == [1, 2]
+    assert suppress(torch.empty(0), torch.empty(0, 3), torch.empty(0), 0.1).tolist() == []

@@ -116,5 +116,16 @@ def decode(
 
 
 def suppress(logit: Tensor, center: Tensor, diameter: Tensor, iou: float) -> Tensor:
-    """Non-maximum suppression of cubes: indices of the proposals to keep, best first."""
-    return torch.as_tensor(non_max_suppression(cubes(center, diameter), logit, iou))
+    """Non-maximum suppression: indices of the proposals to keep, best first.
+
+    Gone are cubes that overlap a better one by more than ``iou``, and then those that share their
+    place with a better one of quite another size, whose IoU is small by the sizes alone: one
+    centre lies in the other's sphere. Nodules do not lie inside each other.
+    """
+    rows = torch.as_tensor(non_max_suppression(cubes(center, diameter), logit, iou))
+    radius = diameter[rows] / 2
+    nested = torch.cdist(center[rows], center[rows]) < torch.maximum(radius[:, None], radius)
+    kept = torch.ones(len(rows), dtype=torch.bool)
+    for at in range(1, len(rows)):
+        kept[at] = not (nested[at, :at] & kept[:at]).any()
+    return rows[kept]
