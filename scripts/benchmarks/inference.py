@@ -5,7 +5,7 @@ RetinaNetDetector on a ResNet-50 FPN) with the settings of its `inference.json`,
 All contenders see the same volume on the same cores, one after the other, each in a process of its
 own, so that its peak memory is its own.
 
-    .venv/bin/python scripts/benchmarks/inference.py         # under 8 minutes on 2 idle cores
+    .venv/bin/python scripts/benchmarks/inference.py         # about 8 minutes on 2 idle cores
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CONTENDERS = {
     "zoo-published": "zoo, bfloat16, one pass below 512 x 512 x 192 voxels (as published)",
     "zoo-windows": "zoo, bfloat16, windows of 192 x 192 x 80 (its training patch)",
 }
-DEFAULT = ["deepem-bfloat16", "deepem-float32", "zoo-published"]
+DEFAULT = ["deepem-bfloat16", "deepem-float32", "zoo-windows"]
 REPEATS = 3
 EDGES_MM = (320, 320, 300)
 FINE_MM = (0.625, 0.625, 1.0)
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="(all cores)")
     parser.add_argument("--edge-mm", type=int, help="only a cube from the middle, to try it out")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=DEFAULT,
-                        help="(all but zoo-windows, which takes the longest)")  # fmt: skip
+                        help="(all but zoo-published)")  # fmt: skip
     parser.add_argument("--model", type=Path, default=SHIPPED, help="(the one in the app)")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="(beside this script)")
     parser.add_argument("--child", choices=("volume", *CONTENDERS), help=argparse.SUPPRESS)
