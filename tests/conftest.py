@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from deepem.geometry import RAS_TO_LPS, Grid
+from deepem.labelled import LabelledStudy
 from deepem.nodule import Nodule
-from deepem.training import LabelledStudy
 from deepem.volume import Study
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))

@@ -8,17 +8,15 @@ import torch
 
 from deepem.boxes import Targets
 from deepem.errors import InputError
+from deepem.labelled import LabelledStudy, patient_hash, split_by_patient
 from deepem.model import load_model
 from deepem.network import PRESETS, NoduleNet
 from deepem.nodule import Nodule
 from deepem.patches import LabelledScan, Patch, PatchSampler
 from deepem.scan import ScanCache
 from deepem.training import (
-    LabelledStudy,
     TrainConfig,
     detection_loss,
-    patient_hash,
-    split_by_patient,
     train,
 )
 from deepem.volume import Study

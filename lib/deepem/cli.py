@@ -182,8 +182,9 @@ def _phantom(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from deepem.figures import training_plot
     from deepem.files import write_json
+    from deepem.labelled import LabelledStudy
     from deepem.tables import read_annotations, read_patients, read_series
-    from deepem.training import LabelledStudy, Progress, TrainConfig, train
+    from deepem.training import Progress, TrainConfig, train
     from deepem.volume import find_studies
 
     annotations = {

@@ -17,8 +17,9 @@ from monailabel.interfaces.tasks.train import TrainTask
 
 from deepem.errors import InputError
 from deepem.files import write_json
+from deepem.labelled import LabelledStudy
 from deepem.markups import read_label
-from deepem.training import LabelledStudy, Progress, TrainConfig, TrainResult, train
+from deepem.training import Progress, TrainConfig, TrainResult, train
 from deepem.volume import find_studies
 from lib.conf import DEVICES, number, text
 from lib.served import served
