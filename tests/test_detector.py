@@ -127,7 +127,7 @@ def test_what_lies_outside_a_scan_is_soft_tissue_and_coordinates_follow_the_lung
     lungs = Lungs(
         np.ones((4, 4, 4), bool), grid, np.array([100.0, 0, 0]), np.array([104.0, 2, 8]), True
     )
-    scan = Scan("a", np.full((4, 4, 4), 255, np.uint8), grid, lungs)
+    scan = Scan("a", np.full((4, 4, 4), 255, np.uint8), grid, lungs, "")
     x = network_input(scan, np.array([-2, 0, 2]), (4, 4, 4), 4)
     assert x.shape == (4, 4, 4, 4)
     assert (x[0, 2:, :, :2] == 1).all()

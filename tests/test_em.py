@@ -6,7 +6,7 @@ import pytest
 
 from deepem.em import MAX_JOINT_LABELS, e_step, most_probable, sampled, soft
 from deepem.nodule import Lobe
-from deepem.observation import LOBES, LobeModel, SliceModel, log_size_density
+from deepem.observation import LOBES, LobeModel, SizeModel, SliceModel
 
 
 def test_the_posterior_by_hand():
@@ -196,5 +196,5 @@ def test_refitting_learns_what_it_sees_and_keeps_what_it_does_not():
 
 
 def test_the_size_factor_prefers_the_reported_size():
-    density = log_size_density(8.0, np.array([4.0, 8.0, 16.0]))
+    density = SizeModel().log_density(8.0, np.array([4.0, 8.0, 16.0]))
     assert density.argmax() == 1 and density[0] == pytest.approx(density[2])

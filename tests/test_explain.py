@@ -8,10 +8,10 @@ import pytest
 from deepem.cli import main
 from deepem.em import most_probable
 from deepem.explain import explain
-from deepem.lungs import find_lungs
 from deepem.nodule import Lobe, Nodule, Proposal, SliceConvention, WeakLabel
 from deepem.observation import LobeModel, ObservationModel, SliceModel
 from deepem.phantom import make_phantom, write_phantoms
+from deepem.scan import prepare
 from deepem.tables import read_annotations, read_predictions, write_predictions, write_weak_labels
 from deepem.volume import Volume
 from deepem.weak_labels import read_weak_labels
@@ -26,7 +26,7 @@ def cases():
     made = []
     for seed in range(300, 306):
         phantom = make_phantom(seed, nodule_count=2)
-        lungs = find_lungs(Volume(phantom.hu, phantom.grid, phantom.series_uid))
+        scan = prepare(Volume(phantom.hu, phantom.grid, phantom.series_uid))
         voxels = rng.choice(np.argwhere(phantom.lobes > 0), 10)
         false = [
             Proposal(Nodule(tuple(center), 8.0), rng.uniform(-1, 2))
@@ -37,15 +37,15 @@ def cases():
             WeakLabel(phantom.series_uid, item.lobe, z_lps_mm=item.nodule.center_lps_mm[2])
             for item in phantom.nodules
         ]
-        made.append((labels, [*false, *true], lungs, len(false)))
+        made.append((labels, [*false, *true], scan, len(false)))
     return made
 
 
 def right_picks(cases, use, **switches):
     picks = []
-    for labels, proposals, lungs, false in cases:
+    for labels, proposals, scan, false in cases:
         seen = [use(label) for label in labels]
-        posterior = explain(seen, proposals, lungs, MODEL, **switches)
+        posterior = explain(seen, proposals, scan, MODEL, **switches)
         for row, chosen in enumerate(most_probable(posterior)):
             picks.append(chosen == [false + row])
     return np.mean(picks)
@@ -63,11 +63,11 @@ def test_slice_and_lobe_find_what_the_detector_alone_does_not(cases):
 
 
 def test_a_missed_nodule_goes_to_the_null_hypothesis_if_it_may(cases):
-    labels, proposals, lungs, false = cases[0]
+    labels, proposals, scan, false = cases[0]
     far = [p for p in proposals[:false] if abs(p.nodule.center_lps_mm[2] - labels[0].z_lps_mm) > 15]
-    forced = explain(labels[:1], far, lungs, MODEL)
+    forced = explain(labels[:1], far, scan, MODEL)
     assert forced.null[0] == 0 and len(most_probable(forced)[0]) == 1
-    free = explain(labels[:1], far, lungs, MODEL, null=0.1)
+    free = explain(labels[:1], far, scan, MODEL, null=0.1)
     assert free.null[0] > 0.99 and most_probable(free) == [[]]
 
 

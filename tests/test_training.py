@@ -6,19 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+from deepem import fit
 from deepem.boxes import Targets
 from deepem.errors import InputError
+from deepem.fit import TrainConfig, detection_loss
 from deepem.labelled import LabelledStudy, patient_hash, split_by_patient
 from deepem.model import load_model
 from deepem.network import PRESETS, NoduleNet
 from deepem.nodule import Nodule
 from deepem.patches import LabelledScan, Patch, PatchSampler
 from deepem.scan import ScanCache
-from deepem.training import (
-    TrainConfig,
-    detection_loss,
-    train,
-)
+from deepem.training import train
 from deepem.volume import Study
 
 SHORT = TrainConfig(steps=6, batch=2, patch=48, validate_times=2, device="cpu")
@@ -90,15 +88,13 @@ def state_at_the_end(studies, out, config, monkeypatch):
     monkeypatch.setattr(
         "deepem.training._verdict", lambda *args: kept.setdefault("verdict", "done")
     )
-    from deepem import training
-
-    original = training._Run.start.__func__
+    original = fit.Run.start.__func__
 
     def start(cls, *args):
         kept["run"] = original(cls, *args)
         return kept["run"]
 
-    monkeypatch.setattr(training._Run, "start", classmethod(start))
+    monkeypatch.setattr(fit.Run, "start", classmethod(start))
     train(config, studies, out)
     run = kept["run"]
     return [run.network.state_dict(), run.averaged.module.state_dict()], run.history
@@ -173,6 +169,10 @@ def test_a_wrong_setting_says_what_was_expected(change, message):
         TrainConfig(**({"steps": 10} | change))
 
 
+def has_nodules(item):
+    return bool(item.nodules)
+
+
 def fake_studies(patients, marked):
     nodule = (Nodule((0, 0, 0), 5),)
     return [
@@ -184,13 +184,15 @@ def fake_studies(patients, marked):
 @pytest.mark.parametrize("seed", range(20))
 def test_no_patient_is_on_both_sides_and_both_sides_have_a_nodule(seed):
     studies = fake_studies(["a", "a", "b", "c", "c", "d", "e", "f"], {"a", "c"})
-    training, validation = split_by_patient(studies, 0.25, seed)
+    training, validation = split_by_patient(studies, 0.25, seed, marked=has_nodules)
     sides = [{item.study.patient_id for item in side} for side in (training, validation)]
     assert not sides[0] & sides[1] and len(training) + len(validation) == 8
     assert all(any(item.nodules for item in side) for side in (training, validation))
     # A scan that arrives later moves nobody who has a fixed place among more patients.
     more = [*studies, *fake_studies(["z"], {"z"})]
-    moved = {item.study.patient_id for item in split_by_patient(more, 0.25, seed)[1]} ^ sides[1]
+    moved = {
+        item.study.patient_id for item in split_by_patient(more, 0.25, seed, marked=has_nodules)[1]
+    } ^ sides[1]
     assert len(moved) <= 3
 
 
@@ -198,10 +200,10 @@ def test_patients_that_a_model_knows_are_not_held_out_while_others_are_there():
     studies = fake_studies(list("abcdef"), set("abcdef"))
     known = frozenset(patient_hash(patient) for patient in "abcd")
     for seed in range(10):
-        _, validation = split_by_patient(studies, 0.3, seed, known)
+        _, validation = split_by_patient(studies, 0.3, seed, known, marked=has_nodules)
         assert {item.study.patient_id for item in validation} <= {"e", "f"}
     everybody = frozenset(patient_hash(patient) for patient in "abcdef")
-    assert split_by_patient(studies, 0.3, 0, everybody)[1]
+    assert split_by_patient(studies, 0.3, 0, everybody, marked=has_nodules)[1]
 
 
 def test_the_loss_by_hand():
@@ -212,14 +214,48 @@ def test_the_loss_by_hand():
         positive=torch.tensor([0]),
         regression=torch.tensor([[0.5, 0.0, 0.0, 2.0]]),
         nodule=torch.tensor([0]),
+        weight=torch.tensor([1.0]),
+        doubt=torch.tensor([0.0]),
         negative=torch.tensor([1]),
     )
     config = replace(SHORT, hard_negatives=1)
     loss = detection_loss(maps, [Patch(torch.empty(0), targets)], config, 0)
     assert float(loss) == pytest.approx(0.5 * math.log(2) * 2 + 0.5 * 0.5**2 + 1.5)
-    clean = Targets(nothing, torch.empty(0, 4), nothing, torch.tensor([0, 1]))
+    # Half the weight of a single anchor halves what it teaches; its doubt is one more negative.
+    half = replace(targets, weight=torch.tensor([0.5]), doubt=torch.tensor([0.5]))
+    loss = detection_loss(maps, [Patch(torch.empty(0), half)], config, 0)
+    assert float(loss) == pytest.approx(0.5 * math.log(2) * 1.5 + 0.5 * (0.5 * 0.5**2 + 1.5))
+    empty = torch.empty(0)
+    clean = Targets(nothing, torch.empty(0, 4), nothing, empty, empty, torch.tensor([0, 1]))
     loss = detection_loss(maps, [Patch(torch.empty(0), clean)], config, 0)
     assert float(loss) == pytest.approx(0.5 * math.log(2))
+
+
+def test_weight_and_doubt_hold_a_logit_at_the_posterior():
+    """The gradient vanishes where the detector says the posterior: log(0.3 / 0.7)."""
+    maps = torch.zeros(1, 5, 1, 1, 1)
+    maps[0, 0] = math.log(0.3 / 0.7)
+    maps.requires_grad_(True)
+    targets = Targets(
+        positive=torch.tensor([0]),
+        regression=torch.zeros(1, 4),
+        nodule=torch.tensor([0]),
+        weight=torch.tensor([0.3]),
+        doubt=torch.tensor([0.7]),
+        negative=torch.empty(0, dtype=torch.long),
+    )
+    detection_loss(maps, [Patch(torch.empty(0), targets)], SHORT, 0).backward()
+    assert float(maps.grad.abs().max()) < 1e-7
+
+
+def test_a_patch_that_teaches_nothing_has_no_gradient():
+    maps = torch.zeros(1, 5, 2, 1, 1, requires_grad=True)
+    nothing = torch.empty(0, dtype=torch.long)
+    empty = torch.empty(0)
+    targets = Targets(nothing, torch.empty(0, 4), nothing, empty, empty, nothing)
+    loss = detection_loss(maps, [Patch(torch.empty(0), targets)], SHORT, 0)
+    loss.backward()
+    assert float(loss.detach()) == 0 and not maps.grad.any()
 
 
 def test_only_the_hardest_negatives_count():
@@ -227,7 +263,8 @@ def test_only_the_hardest_negatives_count():
     with torch.no_grad():
         maps[0, 0, 2] = 3.0
     nothing = torch.empty(0, dtype=torch.long)
-    targets = Targets(nothing, torch.empty(0, 4), nothing, torch.arange(4))
+    empty = torch.empty(0)
+    targets = Targets(nothing, torch.empty(0, 4), nothing, empty, empty, torch.arange(4))
     config = replace(SHORT, hard_negatives=1)
     detection_loss(maps, [Patch(torch.empty(0), targets)], config, 0).backward()
     assert maps.grad[0, 0].nonzero()[:, 0].tolist() == [2]

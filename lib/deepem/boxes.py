@@ -30,13 +30,16 @@ _LOG_SIZE_LIMIT = 3.0
 class Targets:
     """What one patch teaches. Indices point into the flattened map (A * I * J * K).
 
-    positive: (P,) anchors; regression: (P, 4) dx, dy, dz, log size of each;
-    nodule: (P,) which nodule each one stands for; negative: (N,) anchors far from every nodule.
+    positive: (P,) anchors; regression: (P, 4) dx, dy, dz, log size of each; nodule: (P,) which
+    nodule each one stands for; weight, doubt: (P,) how much that nodule is taught to be one, and to
+    be none; negative: (N,) anchors far from every nodule.
     """
 
     positive: Tensor
     regression: Tensor
     nodule: Tensor
+    weight: Tensor
+    doubt: Tensor
     negative: Tensor
 
 
@@ -54,25 +57,39 @@ def cubes(center: Tensor, edge: Tensor) -> Tensor:
 
 
 def assign(
-    center_index: Tensor, diameter: Tensor, map_shape: Sequence[int], anchors_mm: Sequence[float]
+    center_index: Tensor,
+    diameter: Tensor,
+    map_shape: Sequence[int],
+    anchors_mm: Sequence[float],
+    weight: Tensor | None = None,
+    doubt: Tensor | None = None,
+    unsure: Tensor | None = None,
 ) -> Targets:
     """Match M nodules, centers (M, 3) and diameters (M,), to the anchors of a patch.
 
     An anchor is positive for the nodule it overlaps most if their IoU exceeds 0.5 or if it is one
     of the nodule's four best; negative if no IoU reaches 0.02. Nodules with their centre outside
-    the patch train nothing, but keep the anchors that they touch from being negative.
+    the patch train nothing, but keep the anchors that they touch from being negative; so do those
+    without weight and doubt. weight, doubt: (M,), by default 1 and 0. unsure: (I, J, K) bool, cells
+    without negatives.
     """
     cells = cell_centers(map_shape).reshape(-1, 3)
     edges = torch.tensor(anchors_mm, dtype=torch.float32)
     anchor_center = cells.repeat(len(edges), 1)
     anchor_edge = edges.repeat_interleave(len(cells))
+    sure = torch.ones(len(anchor_edge), dtype=torch.bool)
+    if unsure is not None:
+        sure = ~unsure.flatten().repeat(len(edges))
     if len(diameter) == 0:
         nothing = torch.empty(0, dtype=torch.long)
-        return Targets(nothing, torch.empty(0, 4), nothing, torch.arange(len(anchor_edge)))
+        empty = torch.empty(0)
+        return Targets(nothing, torch.empty(0, 4), nothing, empty, empty, sure.nonzero()[:, 0])
+    weight = torch.ones(len(diameter)) if weight is None else weight
+    doubt = torch.zeros(len(diameter)) if doubt is None else doubt
     overlap = box_iou(cubes(anchor_center, anchor_edge), cubes(center_index, diameter))
     iou = torch.as_tensor(overlap)
     best_iou, nodule = iou.max(1)
-    negative = (best_iou < NEGATIVE_IOU).nonzero()[:, 0]
+    negative = ((best_iou < NEGATIVE_IOU) & sure).nonzero()[:, 0]
 
     limits = torch.tensor(map_shape) * OUTPUT_STRIDE - 0.5
     inside = ((center_index > -0.5) & (center_index < limits)).all(1)
@@ -83,12 +100,13 @@ def assign(
     nodule[forced.flatten()[order]] = owner
     is_positive = best_iou > POSITIVE_IOU
     is_positive[forced.flatten()] = True
-    positive = (is_positive & inside[nodule]).nonzero()[:, 0]
+    positive = (is_positive & (inside & (weight + doubt > 0))[nodule]).nonzero()[:, 0]
 
     nodule = nodule[positive]
     offset = (center_index[nodule] - anchor_center[positive]) / anchor_edge[positive, None]
     log_size = (diameter[nodule] / anchor_edge[positive]).log()
-    return Targets(positive, torch.cat([offset, log_size[:, None]], 1), nodule, negative)
+    regression = torch.cat([offset, log_size[:, None]], 1)
+    return Targets(positive, regression, nodule, weight[nodule], doubt[nodule], negative)
 
 
 def decode(

@@ -9,15 +9,15 @@ import numpy as np
 from scipy.special import log_expit
 
 from deepem.em import Posterior, e_step
-from deepem.lungs import Lungs
 from deepem.nodule import Proposal, WeakLabel
 from deepem.observation import ObservationModel
+from deepem.scan import Scan
 
 
 def explain(
     labels: Sequence[WeakLabel],
     proposals: Sequence[Proposal],
-    lungs: Lungs,
+    scan: Scan,
     model: ObservationModel,
     *,
     null: float = 0.0,
@@ -36,8 +36,8 @@ def explain(
     center_lps_mm = np.array([one.nodule.center_lps_mm for one in proposals]).reshape(-1, 3)
     diameter_mm = np.array([one.nodule.diameter_mm for one in proposals])
     log_prior = log_expit(np.array([one.logit for one in proposals], dtype=np.float64))
-    log_p = model.log_observation(labels, z_lps_mm, center_lps_mm, diameter_mm, lungs)
-    # A density has a unit: a perfect fit is the peak of Eq. 3 for labels that name a slice.
-    peak = model.slice.log_density(np.zeros(1))[0]
-    log_null = (math.log(null) if null > 0 else -np.inf) + np.where(np.isfinite(z_lps_mm), peak, 0)
+    hu = scan.mean_hu(center_lps_mm, diameter_mm)
+    log_p = model.log_observation(labels, z_lps_mm, center_lps_mm, diameter_mm, scan.lungs, hu)
+    peak = np.array([model.log_peak(label) for label in labels])
+    log_null = (math.log(null) if null > 0 else -np.inf) + peak
     return e_step(log_prior, log_p, log_null=log_null, joint=joint)

@@ -7,8 +7,9 @@ of pulmonary nodules in computed tomography images: the LUNA16 challenge", Medic
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.spatial.distance import cdist
@@ -76,20 +77,24 @@ class Froc:
 
 
 def evaluate(
-    annotations: _Nodules,
+    annotations: Mapping[str, Sequence[Any]],
     predictions: _Proposals,
     series: Sequence[str],
     excluded: _Nodules | None = None,
     max_marks: int = MAX_MARKS,
+    *,
+    hits: Callable[[Sequence[Any], np.ndarray], np.ndarray] | None = None,
 ) -> Froc:
     """Compare predictions with annotations over the scans in ``series``.
 
     A scan that is missing in a mapping has no such findings; it still counts as a scan. Scans that
     are in a mapping but not in ``series`` do not count. Proposals rank by their logits, which keep
     apart what probabilities near 1 no longer do. With nodules but without proposals all
-    sensitivities are 0. ValueError when ``series`` is empty or names a scan twice.
+    sensitivities are 0. hits: (M annotations, (P, 3) LPS mm) -> (M, P) bool, where annotations are
+    something else than nodules; by default a centre strictly inside the sphere. ValueError when
+    ``series`` is empty or names a scan twice.
     """
-    matches = _match(annotations, predictions, series, excluded, max_marks)
+    matches = _match(annotations, predictions, series, excluded, max_marks, hits or _hits)
     threshold, rates, sensitivities = _curves(matches, np.ones((1, len(series))))
     rate, sensitivity = rates[0], sensitivities[0]
     at_rates = np.interp(FP_RATES, rate, sensitivity)
@@ -124,7 +129,7 @@ def bootstrap_cpm(
 
     Resamples without any nodule have no CPM and are left out; NaN twice when that leaves none.
     """
-    matches = _match(annotations, predictions, series, excluded, max_marks)
+    matches = _match(annotations, predictions, series, excluded, max_marks, _hits)
     times_drawn = rng.multinomial(len(series), np.full(len(series), 1 / len(series)), resamples)
     times_drawn = times_drawn[times_drawn[:, matches.nodule_scan].any(axis=1)]
     if not len(times_drawn):
@@ -151,7 +156,7 @@ def first_hit_fp_rates(
 
     By series UID, in the order of the annotations; None for a nodule that is never found.
     """
-    matches = _match(annotations, predictions, series, excluded, max_marks)
+    matches = _match(annotations, predictions, series, excluded, max_marks, _hits)
     ascending = np.sort(matches.fp_logit)
     at_least = len(ascending) - np.searchsorted(ascending, matches.nodule_logit, side="left")
     rates: dict[str, list[float | None]] = {uid: [] for uid in series}
@@ -175,11 +180,12 @@ class _Matches:
 
 
 def _match(
-    annotations: _Nodules,
+    annotations: Mapping[str, Sequence[Any]],
     predictions: _Proposals,
     series: Sequence[str],
     excluded: _Nodules | None,
     max_marks: int,
+    hits_of: Callable[[Sequence[Any], np.ndarray], np.ndarray],
 ) -> _Matches:
     if not len(series):
         raise ValueError("series: expected at least one scan, got none")
@@ -191,7 +197,7 @@ def _match(
     ignored = doubles = kept = 0
     for uid in series:
         centers, logit = _capped(predictions.get(uid, ()), max_marks)
-        hits = _hits(annotations.get(uid, ()), centers)
+        hits = hits_of(annotations.get(uid, ()), centers)
         hits_excluded = _hits(excluded.get(uid, ()) if excluded else (), centers).any(axis=0)
         free = ~hits.any(axis=0)
         nodule_logits.append(np.where(hits, logit, -np.inf).max(axis=1, initial=-np.inf))

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from deepem.errors import InputError
-from deepem.nodule import Nodule
+from deepem.nodule import Nodule, WeakLabel
 from deepem.patches import LabelledScan
 from deepem.scan import ScanCache
 from deepem.volume import Study
+from deepem.weak_labels import Records, in_patient_space, read_slices
 
 logger = logging.getLogger(__name__)
 
@@ -26,23 +29,40 @@ class LabelledStudy:
     nodules: tuple[Nodule, ...]
 
 
+@dataclass(frozen=True)
+class WeakStudy:
+    """A scan on disk of which only records tell: its weak labels, with their slices in mm.
+
+    No labels means that the record calls it free of nodules.
+    """
+
+    study: Study
+    labels: tuple[WeakLabel, ...]
+
+
 def patient_hash(patient_id: str) -> str:
     """What a model card says of a patient: enough to know them again, no name."""
     return hashlib.blake2b(patient_id.encode(), digest_size=8).hexdigest()
 
 
+_Item = TypeVar("_Item", LabelledStudy, WeakStudy)
+
+
 def split_by_patient(
-    labelled: Sequence[LabelledStudy],
+    items: Sequence[_Item],
     share: float,
     seed: int,
     known: frozenset[str] = frozenset(),
-) -> tuple[list[LabelledStudy], list[LabelledStudy]]:
-    """(training, validation) without a patient in both.
+    *,
+    marked: Callable[[_Item], bool],
+    most: int | None = None,
+) -> tuple[list[_Item], list[_Item]]:
+    """(training, validation) without a patient in both; ``most`` patients in validation.
 
-    Patients are ordered by a hash, so that a scan that arrives later moves few others. Both sides
-    get at least one patient with a nodule. known: `patient_hash` of patients that the model to
-    start from or to beat was trained on; they are held out only if nobody else is there, since a
-    model looks better than it is on scans that it knows.
+    Patients are ordered by a hash, so that a scan that arrives later moves few others. marked:
+    whether a scan has a nodule; both sides get at least one patient with such a scan. known:
+    `patient_hash` of patients that the model to start from or to beat was trained on; they are held
+    out only if nobody else is there, since a model looks better than it is on scans that it knows.
     ValueError when fewer than two patients have nodules.
     """
 
@@ -50,22 +70,22 @@ def split_by_patient(
         order = hashlib.blake2b(f"{seed}/{patient}".encode()).hexdigest()
         return patient_hash(patient) in known, order
 
-    patients = sorted({item.study.patient_id for item in labelled}, key=rank)
-    marked = {item.study.patient_id for item in labelled if item.nodules}
-    if len(marked) < 2:
+    patients = sorted({item.study.patient_id for item in items}, key=rank)
+    with_nodules = {item.study.patient_id for item in items if marked(item)}
+    if len(with_nodules) < 2:
         raise ValueError(
             "labels: expected nodules in scans of at least 2 patients (one to train on, one to "
-            f"measure on), got {len(marked)} of {len(patients)}"
+            f"measure on), got {len(with_nodules)} of {len(patients)}"
         )
-    held_out = set(patients[: max(1, round(share * len(patients)))])
-    in_order = [patient for patient in patients if patient in marked]
-    if not held_out & marked:
+    held_out = set(patients[: max(1, min(round(share * len(patients)), most or len(patients)))])
+    in_order = [patient for patient in patients if patient in with_nodules]
+    if not held_out & with_nodules:
         held_out.add(in_order[0])
-    if marked <= held_out:
+    if with_nodules <= held_out:
         held_out.discard(in_order[-1])
     return (
-        [item for item in labelled if item.study.patient_id not in held_out],
-        [item for item in labelled if item.study.patient_id in held_out],
+        [item for item in items if item.study.patient_id not in held_out],
+        [item for item in items if item.study.patient_id in held_out],
     )
 
 
@@ -95,3 +115,44 @@ def _warn_outside(labelled: LabelledScan) -> None:
     for nodule in np.flatnonzero(((center < -0.5) | (center > shape - 0.5)).any(1)):
         logger.warning("%s: %s lies outside the prepared scan (lungs and 12 mm around them)",
                        labelled.scan.series_uid, labelled.nodules[nodule])  # fmt: skip
+
+
+def weak_studies(
+    records: Records, studies: Mapping[str, Study]
+) -> tuple[list[WeakStudy], list[InputError]]:
+    """Scans that records tell of, and everything that cannot be used, with its reason.
+
+    studies: by series UID. Only headers are read. A record that calls a scan clean loses against
+    one that names a nodule in it. A scan of which one label cannot be placed is left out whole:
+    what lies near an unknown nodule must not be taught as background.
+    """
+    slices, rejected = {}, list(records.rejected)
+    for uid in records.series:
+        if uid in studies:
+            try:
+                slices[uid] = read_slices(studies[uid])
+            except InputError as error:
+                rejected.append(error)
+    placed, misplaced = in_patient_space(records.labels, slices)
+    rejected += misplaced
+    by_series: dict[str, list[WeakLabel]] = {uid: [] for uid in slices}
+    for label in placed:
+        by_series[label.series_uid].append(label)
+    told = Counter(label.series_uid for label in records.labels)
+    clean = {item.series_uid: item for item in records.clean}
+    for uid, item in clean.items():
+        if uid not in studies:
+            expected = "a scan that is there"
+            rejected.append(InputError(item.source, "seriesuid", expected, uid))
+        elif told[uid]:
+            rejected.append(InputError(item.source, "lobe", "no other record of the scan",
+                                       f"{told[uid]} nodules"))  # fmt: skip
+    weak = []
+    for uid, labels in by_series.items():
+        if len(labels) == told[uid]:
+            weak.append(WeakStudy(studies[uid], tuple(labels)))
+        elif labels:
+            usable = f"{len(labels)} of {told[uid]} in {uid}"
+            expected = "all records of the scan usable"
+            rejected.append(InputError(labels[0].source, "seriesuid", expected, usable))
+    return weak, rejected

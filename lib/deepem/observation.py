@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 
 from deepem.lungs import Lungs
-from deepem.nodule import Lobe, WeakLabel
+from deepem.nodule import ATTENUATIONS, Lobe, WeakLabel
 
 LOBES = tuple(Lobe)
 
@@ -125,28 +125,54 @@ class LobeModel:
         return np.log((1 - self.wrong) * np.exp(log_p) + self.wrong * (1 - np.exp(log_p)) / 5)
 
 
-def log_size_density(
-    reported_mm: float, diameter_mm: np.ndarray, spread: float = 0.25
-) -> np.ndarray:
-    """Log density of a reported diameter given the proposals' (P,): normal in the log of the size.
+@dataclass(frozen=True)
+class SizeModel:
+    """log(reported / proposed diameter), normal around ``log_bias`` (beyond the paper).
 
-    Beyond the paper. spread: standard deviation of log(reported / measured); readers and detector
-    differ by about a quarter.
+    A detector that is still learning is off by a half, and usually to one side.
     """
-    off = np.log(reported_mm / np.asarray(diameter_mm)) / spread
-    return -0.5 * off**2 - math.log(spread * math.sqrt(2 * math.pi) * reported_mm)
+
+    log_bias: float = 0.0
+    spread: float = 0.5
+
+    def log_density(self, reported_mm: float, diameter_mm: np.ndarray) -> np.ndarray:
+        """Log density of a reported diameter, in 1/mm, for proposals of ``diameter_mm`` (P,)."""
+        off = (np.log(reported_mm / np.asarray(diameter_mm)) - self.log_bias) / self.spread
+        return -0.5 * off**2 - math.log(self.spread * math.sqrt(2 * math.pi) * reported_mm)
+
+    def refitted(
+        self, log_ratio: np.ndarray, weight: np.ndarray, strength: float = 10.0
+    ) -> SizeModel:
+        """The M-step for this factor; the present model counts like ``strength`` nodules."""
+        total = weight.sum() + strength
+        bias = (weight @ log_ratio + strength * self.log_bias) / total
+        variance = weight @ (log_ratio - bias) ** 2
+        variance += strength * (self.spread**2 + (self.log_bias - bias) ** 2)
+        return SizeModel(float(bias), float(math.sqrt(variance / total)))
+
+
+def log_attenuation_probability(hu: np.ndarray) -> np.ndarray:
+    """Mean HU inside the proposals (P,) -> (P, 3) log probability of each of `ATTENUATIONS`.
+
+    Beyond the paper. What a reader calls solid, part-solid and ground glass, taken as normal in
+    HU; partial volume makes small nodules look thinner than they are, so the classes are wide.
+    """
+    mean, spread = np.array(_HU_OF_ATTENUATION).T
+    return log_softmax(-0.5 * ((hu[:, None] - mean) / spread) ** 2 - np.log(spread), axis=1)
 
 
 @dataclass(frozen=True, eq=False)
 class ObservationModel:
     """p(record | nodule), the product of its factors; a factor that a label lacks counts 1.
 
-    size: whether reported diameters are evidence too (beyond the paper).
+    size: None where reported diameters are no evidence. attenuation: whether kinds are (both beyond
+    the paper).
     """
 
     slice: SliceModel
     lobe: LobeModel
-    size: bool = False
+    size: SizeModel | None = None
+    attenuation: bool = False
 
     def log_observation(
         self,
@@ -155,22 +181,40 @@ class ObservationModel:
         center_lps_mm: np.ndarray,
         diameter_mm: np.ndarray,
         lungs: Lungs,
+        hu: np.ndarray,
     ) -> np.ndarray:
         """(L, P) log p(label | proposal) for the labels of one scan.
 
         z_lps_mm: (L,) where the reported slices lie, NaN for an unknown one. center_lps_mm (P, 3),
-        diameter_mm (P,): of the proposals.
+        diameter_mm (P,), mean hu (P,): of the proposals.
         """
         log_p = np.zeros((len(labels), len(center_lps_mm)))
         log_lobe = self.lobe.log_probability(lungs.relative(center_lps_mm))
+        log_attenuation = log_attenuation_probability(hu)
         for row, label in enumerate(labels):
             if np.isfinite(z_lps_mm[row]):
                 log_p[row] += self.slice.log_density(z_lps_mm[row] - center_lps_mm[:, 2])
             if label.lobe is not None:
                 log_p[row] += log_lobe[:, LOBES.index(label.lobe)]
             if self.size and label.diameter_mm is not None:
-                log_p[row] += log_size_density(label.diameter_mm, diameter_mm)
+                log_p[row] += self.size.log_density(label.diameter_mm, diameter_mm)
+            if self.attenuation and label.attenuation is not None:
+                log_p[row] += log_attenuation[:, ATTENUATIONS.index(label.attenuation)]
         return log_p
+
+    def log_peak(self, label: WeakLabel) -> float:
+        """What a nodule that fits the label perfectly would have; densities have units."""
+        log_p = 0.0
+        if label.z_lps_mm is not None:
+            log_p += float(self.slice.log_density(np.zeros(1))[0])
+        if self.size and label.diameter_mm is not None:
+            perfect = label.diameter_mm / math.exp(self.size.log_bias)
+            log_p += float(self.size.log_density(label.diameter_mm, np.array([perfect]))[0])
+        return log_p
+
+
+_HU_OF_ATTENUATION = [(-50.0, 170.0), (-330.0, 170.0), (-600.0, 130.0)]
+"""Mean and standard deviation, in the order of `ATTENUATIONS`."""
 
 
 _ANATOMICAL = np.array([

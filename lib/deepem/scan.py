@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy import ndimage
 
 from deepem.errors import InputError
 from deepem.files import atomic_path
@@ -18,6 +19,9 @@ SPACING_MM = 1.0
 HU_WINDOW = (-1200.0, 600.0)
 """Clipped and scaled to 0..255 (Zhu et al. 2018, the authors' code)."""
 
+_FORMAT = 2
+"""Of the cache; a change of what is stored makes old entries unknown."""
+
 _MARGIN_MM = 12.0
 """Kept around the lungs, so that a nodule at the pleura is seen with its surroundings."""
 
@@ -27,13 +31,26 @@ class Scan:
     """A prepared scan.
 
     image: (I, J, K) uint8, the HU window as 0..255; i, j, k run along LPS x, y, z at 1 mm.
-    grid: where it lies in the patient. lungs: found on the whole volume.
+    grid: where it lies in the patient. lungs: found on the whole volume. fingerprint: hash of the
+    image, so that nobody has to read all of it to know it again.
     """
 
     series_uid: str
     image: np.ndarray
     grid: Grid
     lungs: Lungs
+    fingerprint: str
+
+    def mean_hu(self, center_lps_mm: np.ndarray, diameter_mm: np.ndarray) -> np.ndarray:
+        """(P, 3), (P,) -> (P,) mean HU in the inner half of spheres, clipped to `HU_WINDOW`."""
+        steps = np.stack(np.meshgrid(*[np.linspace(-0.25, 0.25, 5)] * 3, indexing="ij"), -1)
+        steps = steps.reshape(-1, 3)
+        steps = steps[np.linalg.norm(steps, axis=1) <= 0.25]
+        center_index = self.grid.to_index(np.reshape(center_lps_mm, (-1, 3)))
+        at = center_index[:, None] + steps * np.reshape(diameter_mm, (-1, 1, 1)) / SPACING_MM
+        values = ndimage.map_coordinates(self.image, at.T, np.float32, order=1, mode="nearest")
+        low, high = HU_WINDOW
+        return low + values.mean(0) * (high - low) / 255
 
 
 def prepare(volume: Volume) -> Scan:
@@ -52,7 +69,9 @@ def prepare(volume: Volume) -> Scan:
     image *= 255.0 / (high - low)
     np.clip(image, 0, 255, out=image)
     np.rint(image, out=image)
-    return Scan(volume.series_uid, image.astype(np.uint8), grid, lungs)
+    image = image.astype(np.uint8)
+    fingerprint = hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
+    return Scan(volume.series_uid, image, grid, lungs, fingerprint)
 
 
 class ScanCache:
@@ -78,7 +97,8 @@ class ScanCache:
                 meta["highest"],
                 bool(meta["found"]),
             )
-            return Scan(study.series_uid, image, Grid(meta["affine"], image.shape), lungs)
+            grid = Grid(meta["affine"], image.shape)
+            return Scan(study.series_uid, image, grid, lungs, str(meta["fingerprint"]))
 
     @staticmethod
     def _store(entry: Path, scan: Scan) -> None:
@@ -93,13 +113,14 @@ class ScanCache:
                 lowest=scan.lungs.lowest_lps_mm,
                 highest=scan.lungs.highest_lps_mm,
                 found=scan.lungs.found,
+                fingerprint=scan.fingerprint,
             )
 
     @staticmethod
     def _key(study: Study) -> str:
         files = sorted(study.path.iterdir()) if study.path.is_dir() else [study.path]
         digest = hashlib.blake2b(digest_size=12)
-        digest.update(repr((study.series_uid, SPACING_MM, HU_WINDOW, _MARGIN_MM)).encode())
+        digest.update(repr((_FORMAT, study.series_uid, SPACING_MM, HU_WINDOW, _MARGIN_MM)).encode())
         for file in files:
             try:
                 stat = file.stat()

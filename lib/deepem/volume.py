@@ -51,6 +51,12 @@ class Study:
     path: Path
     patient_id: str
 
+    @property
+    def size_bytes(self) -> int:
+        """Of its file, or of all files in its folder."""
+        files = self.path.iterdir() if self.path.is_dir() else [self.path]
+        return sum(file.stat().st_size for file in files)
+
 
 def is_image_file(path: Path) -> bool:
     """Whether the name is that of a volume file that `read_volume` reads."""

@@ -21,12 +21,13 @@ from rich.progress import Progress, track
 
 from deepem.figures import training_plot
 from deepem.files import atomic_path, write_json
+from deepem.fit import TrainConfig
 from deepem.froc import FP_RATES
 from deepem.labelled import LabelledStudy
 from deepem.network import processor_has_bfloat16
 from deepem.phantom import write_phantoms
 from deepem.tables import read_annotations
-from deepem.training import TrainConfig, TrainResult, train
+from deepem.training import TrainResult, train
 from deepem.volume import find_studies
 
 RESULTS = Path(__file__).parent / "results"
