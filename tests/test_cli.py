@@ -79,6 +79,27 @@ def test_detect_and_evaluate_go_on_past_bad_scans_and_name_them(phantoms, tmp_pa
     assert plot.stat().st_size > 1000
 
 
+def test_train_on_records_alone_starts_from_a_model_and_leaves_a_report(tmp_path, capsys):
+    data, out = tmp_path / "data", tmp_path / "model"
+    assert main(["phantom", "--out", str(data), "--count", "3", "--seed", "77"]) == 0
+    with open(data / "weak_labels.csv", "a") as file:
+        file.write("missing,RUL,,,,,,\nmissing,moon,,,,,,\n")
+    records = ["--weak-labels", str(data / "weak_labels.csv"), "--method", "map", "--rounds", "1"]
+    arguments = ["train", "--studies", str(data), "--out", str(out), "--init", str(SHIPPED)]
+    assert main([*arguments, *records, "--steps", "2"]) == 1
+    told = capsys.readouterr()
+    assert "lobe: expected one of RUL" in told.err and "seriesuid: expected a scan" in told.err
+    assert "the records of 1 validation scans" in told.out
+    history = json.loads((out / "training.json").read_text())["history"]
+    assert [entry["em"]["round"] for entry in history] == [1]
+    assert "<html" in (out / "report.html").read_text()
+    # Without the records there is nothing to train on.
+    assert main([*arguments, "--steps", "2"]) == 2
+    none = [*records[:2], "--method", "none"]
+    assert main([*arguments, *none, "--steps", "2"]) == 2
+    assert "nodules in scans of at least 2 patients" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -14,7 +14,7 @@ from deepem.labelled import WeakStudy
 from deepem.lungs import Lungs
 from deepem.network import PRESETS, NoduleNet
 from deepem.nodule import Lobe, Nodule, Proposal, WeakLabel
-from deepem.observation import LOBES
+from deepem.observation import LOBES, SliceModel
 from deepem.patches import LabelledScan, PatchSampler
 from deepem.rounds import (
     Explained,
@@ -206,6 +206,14 @@ def test_the_size_model_learns_that_the_detector_sees_nodules_too_small():
     assert math.exp(after.size.log_bias) == pytest.approx(2, abs=0.05) and after.size.spread < 0.15
     density = after.size.log_density(16.0, np.array([4.0, 8.0, 16.0]))
     assert density.argmax() == 1
+
+
+def test_enough_marked_nodules_say_how_far_a_slice_may_be_off():
+    diameters = np.linspace(4, 20, 40)
+    fitted = first_model(EmConfig(wrong_slice=0.1), diameters).slice
+    assert (fitted.slack_mm, fitted.wrong) == (2.0, 0.1)
+    assert fitted.sigma_mm == pytest.approx(diameters.std() / 2)
+    assert first_model(EmConfig(), diameters[:10]).slice == SliceModel()
 
 
 def test_a_nodule_is_taught_in_the_size_that_was_reported():

@@ -30,6 +30,7 @@ from rich.progress import (
 )
 
 import deepem
+from deepem.em import EmConfig
 from deepem.errors import InputError
 
 logger = logging.getLogger("deepem")
@@ -86,10 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--size", choices=("mini", "full"), default="mini")
     one.add_argument("--dicom", action="store_true", help="DICOM series instead of NIfTI files")
 
-    one = command("train", _train, "Train a detector on scans whose nodules are all marked.")
+    one = command("train", _train, "Train a detector on marked scans, and on records by EM.")
     one.add_argument("--studies", type=Path, required=True, nargs="+", metavar="DIR")
-    one.add_argument("--annotations", type=Path, required=True, nargs="+", metavar="CSV",
-                     help="seriesuid,coordX,coordY,coordZ,diameter_mm in LPS mm")  # fmt: skip
+    one.add_argument("--annotations", type=Path, nargs="+", default=[], metavar="CSV",
+                     help="seriesuid,coordX,coordY,coordZ,diameter_mm in LPS mm; may be left out "
+                     "with --init and weak labels")  # fmt: skip
     one.add_argument("--out", type=Path, required=True, metavar="MODEL_DIR",
                      help="gets model.pt if the result beats the one that is there")  # fmt: skip
     one.add_argument("--series", type=Path, nargs="+", default=[], metavar="CSV",
@@ -100,9 +102,32 @@ def _parser() -> argparse.ArgumentParser:
                      "own patient)")  # fmt: skip
     one.add_argument("--init", type=Path, metavar="MODEL", help="start from this model")
     one.add_argument("--preset", choices=("slim", "paper"), default="slim")
+    one.add_argument("--cache", type=Path, metavar="DIR",
+                     help="prepared scans, may be shared (default: MODEL_DIR/cache)")  # fmt: skip
     length = one.add_mutually_exclusive_group()
     length.add_argument("--steps", type=_positive_int, metavar="N", help="(default: 4000)")
     length.add_argument("--minutes", type=float, metavar="M")
+    weak = one.add_argument_group("EM on scans that only have records")
+    weak.add_argument("--weak-labels", type=Path, metavar="CSV")
+    weak.add_argument("--reports", type=Path, metavar="DIR_OR_CSV", help="free text")
+    weak.add_argument("--method", choices=("none", "map", "sampling", "soft"), default="soft",
+                      help="none: the same training on marked scans alone")  # fmt: skip
+    weak.add_argument("--rounds", type=_positive_int, default=EmConfig.rounds)
+    weak.add_argument("--warm-start", type=float, default=EmConfig.warm_start, metavar="SHARE",
+                      help="of the training on marked scans before the first round; without --init "
+                      "only")  # fmt: skip
+    weak.add_argument("--scans-per-round", type=_positive_int, default=EmConfig.scans_per_round)
+    weak.add_argument("--null", type=float, default=EmConfig.null, metavar="WEIGHT",
+                      help="of the case that the detector missed the nodule; 0: none")  # fmt: skip
+    weak.add_argument("--joint", action=argparse.BooleanOptionalAction, default=EmConfig.joint,
+                      help="no two labels describe one nodule")  # fmt: skip
+    weak.add_argument("--size", action=argparse.BooleanOptionalAction, default=EmConfig.size,
+                      help="reported diameters are evidence")  # fmt: skip
+    weak.add_argument("--attenuation", action=argparse.BooleanOptionalAction,
+                      default=EmConfig.attenuation, help="so is ground glass or solid")  # fmt: skip
+    weak.add_argument("--wrong-lobe", type=float, default=EmConfig.wrong_lobe, metavar="SHARE",
+                      help="of records that may name another lobe")  # fmt: skip
+    weak.add_argument("--wrong-slice", type=float, default=EmConfig.wrong_slice, metavar="SHARE")
 
     one = command("detect", _detect, "Find nodules in scans.")
     one.add_argument("images", type=Path, nargs="+", metavar="IMAGE_OR_DIR")
@@ -140,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
                      help="let the null hypothesis compete (without WEIGHT: 0.1)")  # fmt: skip
     one.add_argument("--joint", action="store_true", help="no two labels describe one nodule")
     one.add_argument("--size", action="store_true", help="reported diameters are evidence too")
+    one.add_argument("--attenuation", action="store_true", help="so is ground glass or solid")
     one.add_argument("--json", type=Path, required=True, metavar="OUT")
     return parser
 
@@ -182,10 +208,13 @@ def _phantom(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from deepem.figures import training_plot
     from deepem.files import write_json
-    from deepem.labelled import LabelledStudy
+    from deepem.fit import Progress, TrainConfig
+    from deepem.labelled import LabelledStudy, weak_studies
+    from deepem.report import write_report
     from deepem.tables import read_annotations, read_patients, read_series
-    from deepem.training import Progress, TrainConfig, train
+    from deepem.training import train
     from deepem.volume import find_studies
+    from deepem.weak_labels import Records, read_reports, read_weak_labels
 
     annotations = {
         uid: nodules
@@ -194,12 +223,16 @@ def _train(options: argparse.Namespace) -> int:
     }
     complete = [uid for file in options.series for uid in read_series(file)]
     patients = read_patients(options.patients) if options.patients else {}
+    sources = [read_weak_labels(options.weak_labels)] if options.weak_labels else []
+    sources += [read_reports(options.reports)] if options.reports else []
+    em = _em(options) if sources else None
     config = TrainConfig(
         preset=options.preset,
         steps=None if options.minutes else options.steps or 4000,
         minutes=options.minutes,
         seed=options.seed,
         device=options.device,
+        em=em,
     )
     bad: list[str] = []
     studies = {
@@ -216,14 +249,17 @@ def _train(options: argparse.Namespace) -> int:
         for uid in wanted
         if uid not in studies
     ]
-    unlabelled = len(studies.keys() - wanted.keys())
-    if unlabelled:
-        logger.info("%d scans without labels are left out", unlabelled)
     labelled = [
         LabelledStudy(studies[uid], tuple(annotations.get(uid, ())))
         for uid in wanted
         if uid in studies
     ]
+    weak, rejected = weak_studies(Records.merged(sources), studies) if em else ([], [])
+    bad += map(str, rejected)
+    told = {item.study.series_uid for item in weak}
+    unlabelled = len(studies.keys() - wanted.keys() - told)
+    if unlabelled:
+        logger.info("%d scans without labels are left out", unlabelled)
     with _bar(TextColumn("{task.fields[state]}")) as bar:
         task = bar.add_task("starting", total=None, state="")
 
@@ -234,14 +270,37 @@ def _train(options: argparse.Namespace) -> int:
             bar.update(task, description=progress.stage, completed=progress.step,
                        total=progress.steps, state=state)  # fmt: skip
 
-        result = train(config, labelled, options.out, init=options.init, on_progress=show)
+        result = train(config, labelled, options.out, weak=weak, init=options.init,
+                       cache=options.cache, on_progress=show)  # fmt: skip
     training_plot(
         {f"seed {config.seed}": [[(entry["step"], entry["cpm"]) for entry in result.history]]},
         options.out / "training.png",
     )
     write_json(options.out / "training.json", {"reason": result.reason, "history": result.history})
+    bad += result.skipped
+    write_report(options.out / "report.html", title=f"Training of {options.out.name}",
+                 verdict=result.reason, history=result.history, explained=result.explained,
+                 skipped=bad)  # fmt: skip
     print(result.reason)
-    return _listed([*bad, *result.skipped])
+    return _listed(bad)
+
+
+def _em(options: argparse.Namespace) -> EmConfig | None:
+    """The EM that the options ask for; None for ``--method none``."""
+    if options.method == "none":
+        return None
+    return EmConfig(
+        method=options.method,
+        rounds=options.rounds,
+        warm_start=options.warm_start,
+        scans_per_round=options.scans_per_round,
+        null=options.null,
+        joint=options.joint,
+        size=options.size,
+        attenuation=options.attenuation,
+        wrong_lobe=options.wrong_lobe,
+        wrong_slice=options.wrong_slice,
+    )
 
 
 def _detect(options: argparse.Namespace) -> int:
@@ -343,8 +402,7 @@ def _e_step(options: argparse.Namespace) -> int:
     from deepem.em import METHODS
     from deepem.explain import explain
     from deepem.files import write_json
-    from deepem.lungs import find_lungs
-    from deepem.observation import LobeModel, ObservationModel, SliceModel
+    from deepem.observation import LobeModel, ObservationModel, SizeModel, SliceModel
     from deepem.scan import prepare
     from deepem.tables import read_predictions
     from deepem.volume import find_studies, read_volume
@@ -353,7 +411,12 @@ def _e_step(options: argparse.Namespace) -> int:
     records = read_weak_labels(options.weak_labels)
     detector = Detector.load(options.model, options.device) if options.model else None
     given = read_predictions(options.proposals) if options.proposals else {}
-    model = ObservationModel(SliceModel(), LobeModel.anatomical(), options.size)
+    model = ObservationModel(
+        SliceModel(),
+        LobeModel.anatomical(),
+        SizeModel() if options.size else None,
+        options.attenuation,
+    )
     rng = np.random.default_rng(options.seed)
     bad = [str(error) for error in records.rejected]
     found = find_studies(options.studies, lambda error: bad.append(str(error)))
@@ -377,13 +440,10 @@ def _e_step(options: argparse.Namespace) -> int:
             except InputError as error:
                 bad.append(str(error))
                 continue
-            if detector:
-                scan = prepare(volume)
-                lungs, proposals = scan.lungs, detector.propose(scan)
-            else:
-                lungs, proposals = find_lungs(volume), given.get(uid, [])
+            scan = prepare(volume)
+            proposals = detector.propose(scan) if detector else given.get(uid, [])
             posterior = explain(
-                labels, proposals, lungs, model, null=options.null, joint=options.joint
+                labels, proposals, scan, model, null=options.null, joint=options.joint
             )
             chosen = METHODS[options.method](posterior, rng)
             for row, label in enumerate(labels):

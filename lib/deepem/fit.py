@@ -175,18 +175,23 @@ class Run:
         self.phase = 0
         self.round = 0
         self.proposals: dict[str, list[list[float]]] = {}
-        self.model = first_model(config.em) if config.em else None
+        self.model: ObservationModel | None = None
         self._file = file
         self._key = key
 
     @classmethod
     def start(cls, config: TrainConfig, init: Path | None, device: torch.device, file: Path,
-              data_fingerprint: str) -> Run:  # fmt: skip
-        """A new run, or the one that ``file`` holds if it has the same configuration and data."""
+              data_fingerprint: str, diameter_mm: Sequence[float] = ()) -> Run:  # fmt: skip
+        """A new run, or the one that ``file`` holds if it has the same configuration and data.
+
+        diameter_mm: of the marked nodules, for `first_model`.
+        """
         torch.manual_seed(config.seed)
         network = load_model(init)[0] if init else NoduleNet(PRESETS[config.preset])
         start = fingerprint(network.state_dict())
         run = cls(config, network, device, file, repr((config, data_fingerprint, start)))
+        if config.em:
+            run.model = first_model(config.em, diameter_mm)
         if file.exists():
             run._resume()
         return run

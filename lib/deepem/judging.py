@@ -21,8 +21,8 @@ from deepem.patches import LabelledScan
 from deepem.rounds import propose_all
 from deepem.scan import ScanCache
 
-_BAND_MM = SliceModel().slack_mm + 2 * SliceModel().sigma_mm
-_LOBE_POSSIBLE = 0.1
+_BAND_MM = SliceModel().slack_mm + SliceModel().sigma_mm
+_LOBE_POSSIBLE = 0.2
 
 
 def predictions_of(
@@ -47,8 +47,8 @@ def by_records(
 ) -> Froc:
     """FROC on scans with records alone: a proposal is a hit where a record could mean it.
 
-    That is within 6.4 mm of the reported slice (Eq. 3: slack and two sigma) and where the
-    anatomical lobe model gives the reported lobe at least 0.1. Some false proposals lie there by
+    That is within 4.0 mm of the reported slice (Eq. 3: slack and sigma) and where the
+    anatomical lobe model gives the reported lobe at least 0.2. Some false proposals lie there by
     chance, for every detector alike, so this compares detectors and says nothing absolute.
     Scans with a label that names neither slice nor lobe, and unreadable ones, are left out.
     """

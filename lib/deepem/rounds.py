@@ -31,6 +31,9 @@ from deepem.scan import Scan, ScanCache
 
 logger = logging.getLogger(__name__)
 
+_ENOUGH_NODULES = 30
+"""Marked, to estimate the smallest radius and the spread of radii from."""
+
 _POSSIBLE = 0.05
 """A proposal with this much of a label, chosen or not, is never taught to be no nodule."""
 
@@ -174,10 +177,17 @@ def _unsure(label: WeakLabel, clearance_mm: float) -> tuple[float, float]:
     return label.z_lps_mm - clearance_mm, label.z_lps_mm + clearance_mm
 
 
-def first_model(config: EmConfig) -> ObservationModel:
-    """p(record | nodule) before anything is learned."""
+def first_model(config: EmConfig, diameter_mm: Sequence[float] = ()) -> ObservationModel:
+    """p(record | nodule) before anything is learned from records.
+
+    diameter_mm: of marked nodules; with enough of them they say how far a slice may be off (Eq. 3),
+    else the paper's constants do.
+    """
+    enough = len(diameter_mm) >= _ENOUGH_NODULES
     return ObservationModel(
-        SliceModel(wrong=config.wrong_slice),
+        SliceModel.fitted(np.array(diameter_mm), config.wrong_slice)
+        if enough
+        else SliceModel(wrong=config.wrong_slice),
         LobeModel.anatomical(config.wrong_lobe),
         SizeModel() if config.size else None,
         config.attenuation,

@@ -105,7 +105,8 @@ def train(
     scans = _Scans(training, roles.weak, judged, roles.judged_by_records)
     scans.check(config, init, skipped + skipped_too)
     data_fingerprint = scans.fingerprint()
-    run = Run.start(config, init, device, out / "checkpoint.pt", data_fingerprint)
+    diameter_mm = [nodule.diameter_mm for scan in training for nodule in scan.nodules]
+    run = Run.start(config, init, device, out / "checkpoint.pt", data_fingerprint, diameter_mm)
     strong = PatchSampler(training, run.network, config.patch, seed=config.seed)
     if scans.by_nodules:
         judge = partial(by_nodules, scans=judged, device=device)
