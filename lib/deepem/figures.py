@@ -105,6 +105,55 @@ def training_plot(
     _save(figure, path)
 
 
+def differences_plot(
+    differences: Mapping[str, tuple[float, float, float]], label: str, path: _PathLike
+) -> None:
+    """Horizontal bars of (mean, low, high) by name, first on top, with zero marked."""
+    figure, (axes,) = _figure(1, 1, width=6.4, height=1.2 + 0.45 * len(differences))
+    names = list(differences)
+    values = np.array([differences[name] for name in names], float).reshape(-1, 3)
+    mean, low, high = values.T
+    whiskers = np.nan_to_num(np.abs([mean - low, high - mean]))
+    axes.barh(names, mean, xerr=whiskers, color=[f"C{at}" for at in range(len(names))], capsize=4)
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlabel(label)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def curves_with_intervals(
+    curves: Mapping[str, Mapping[float, tuple[float, float, float]]], label: str, path: _PathLike
+) -> None:
+    """One panel for every name: (mean, low, high) over a level, on one scale, zero marked."""
+    figure, panels = _figure(1, len(curves), width=3.4 * len(curves), height=3.4)
+    for axes, (name, points) in zip(panels, curves.items(), strict=True):
+        levels = list(points)
+        mean, low, high = np.array(list(points.values())).T
+        whiskers = np.nan_to_num([mean - low, high - mean])
+        axes.errorbar(levels, mean, yerr=whiskers, fmt="o-", capsize=4)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_xlabel(name)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.sharey(panels[0])
+    panels[0].set_ylabel(label)
+    _save(figure, path)
+
+
+def coverage_plot(curves: Mapping[str, Sequence[tuple[float, float]]], path: _PathLike) -> None:
+    """Precision over coverage, both 0..1: curves of (coverage, precision) by name."""
+    figure, (axes,) = _figure(1, 1, width=6.4, height=4.2)
+    for name, points in curves.items():
+        axes.plot(*np.array(points).T, label=name)
+    axes.set_xlabel("share of labels that are used")
+    axes.set_xlim(0, 1.02)
+    _unit_axis(axes, "share of these that are right")
+    axes.legend(loc="lower left", frameon=False)
+    _save(figure, path)
+
+
 def slice_with_boxes(
     hu: np.ndarray,
     grid: Grid,
