@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
@@ -15,16 +16,23 @@ import pytest
 import torch
 from fastapi import HTTPException
 from monailabel.config import settings
+from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.interfaces.utils.app import app_instance, clear_cache
 
 import deepem
+from deepem.em import EmConfig
 from deepem.errors import InputError
+from deepem.fit import Progress, TrainConfig
 from deepem.geometry import RAS_TO_LPS
 from deepem.markups import read_markups, write_markups
 from deepem.model import ModelCard, fingerprint, publish
 from deepem.network import PRESETS, NoduleNet
-from deepem.nodule import Nodule
+from deepem.nodule import Lobe, Nodule, SliceConvention, WeakLabel
 from deepem.phantom import make_phantom
+from deepem.phantom.write import write_dicom_series
+from deepem.tables import write_weak_labels
+from deepem.training import TrainResult
+from deepem.weak_labels import Records
 
 APP = Path(__file__).parent.parent / "apps" / "deepem_app"
 MODEL = "nodule_detection"
@@ -122,6 +130,10 @@ def test_the_threshold_of_the_conf_is_the_first_choice(load):
         ({"preload": "maybe"}, "preload: expected true or false, got maybe"),
         ({"device": "tpu"}, "device: expected one of .*, got tpu"),
         ({"models": "lungs"}, "models: expected all, or some of .*nodule_detection.*, got lungs"),
+        ({"em_method": "best"}, "em_method: expected one of none, map, sampling, soft, got best"),
+        ({"train_steps": "1.5"}, "train_steps: expected a whole number, got 1.5"),
+        ({"train_minutes": "-1"}, "train_minutes: expected a number, 0 or more, got -1"),
+        ({"records": "/no/where"}, "records: expected an existing file or folder, got /no/where"),
     ],
 )
 def test_a_wrong_setting_is_one_clear_error(load, conf, message):
@@ -323,8 +335,259 @@ def test_a_training_process_leaves_the_datastore_as_the_server_wrote_it(
 
 
 @pytest.mark.parametrize(
-    ("request_", "message"), [({"steps": "many"}, "steps"), ({"minutes": -1}, "minutes")]
+    ("request_", "message"),
+    [
+        ({"steps": "many"}, "steps: expected a number"),
+        ({"minutes": -1}, "minutes: expected a number, 0 or more"),
+        ({"method": "best"}, "method: expected one of map, none, sampling, soft, got best"),
+        ({"rounds": 1.5}, "rounds: expected a whole number, got 1.5"),
+        ({"rounds": 0}, "rounds: expected 1 or more, got 0"),
+        ({"device": "tpu"}, "device: expected one of auto, cpu, cuda, got tpu"),
+    ],
 )
 def test_training_refuses_a_wrong_setting(load, request_, message):
-    with pytest.raises(ValueError, match=f"{message}: expected"):
-        load().train({"model": MODEL, **request_})
+    app = load()
+    with pytest.raises(ValueError, match=message):
+        app.train({"model": MODEL, **request_})
+    assert "failed" in app.info()["train_stats"][MODEL]["message"]
+
+
+# --- EM on records beside the scans: what the app hands to the library, and what it says
+
+
+@dataclass
+class Lesson:
+    """What a training was called with, the last of its progress, and what it left."""
+
+    config: TrainConfig
+    weak: dict[str, tuple[WeakLabel, ...]]
+    labelled: list[str]
+    init: Path | None
+    running: dict
+    stats: dict
+
+
+@pytest.fixture
+def lesson(load, monkeypatch):
+    """Train with the library's `train` in name only."""
+
+    def learn(request: dict | None = None, **conf: str) -> Lesson:
+        app = load(**conf)
+        called = {}
+
+        def train(config, labelled, out, *, weak, init, served, publish_to, on_progress):
+            stage = "e-step 2 of 4, scan 17 of 60"
+            on_progress(Progress(stage, 30, 100, 1, 4, 60.0, 140.0, 0.5, 0.25))
+            called["running"] = app.info()["train_stats"][MODEL]
+            called["weak"] = {item.study.series_uid: item.labels for item in weak}
+            called["labelled"] = [item.study.series_uid for item in labelled]
+            called["init"], called["config"] = init, config
+            return TrainResult(True, "published: CPM 0.5", 0.5, None, [], ["one unreadable scan"])
+
+        monkeypatch.setattr(sys.modules["lib.trainers.nodule_detection"], "train", train)
+        stats = app.train({"model": MODEL, **(request or {})})
+        assert stats == app.info()["train_stats"][MODEL]
+        return Lesson(stats=stats, **called)
+
+    return learn
+
+
+ROW = "seriesuid,lobe,slice_number,slice_convention,z_lps_mm,diameter_mm,attenuation,source\n"
+
+
+def write_records(folder: Path, *rows: str) -> None:
+    (folder / "weak_labels.csv").write_text(ROW + "".join(row + "\n" for row in rows))
+
+
+def test_records_beside_the_scans_are_learned_from_without_any_label(lesson, app_dir, studies, ct):
+    shutil.copy(ct, studies / "patient2.nii")
+    model = app_dir / "model" / f"{MODEL}.pt"
+    publish_random_weights(model)
+    write_records(studies, "patient1,RUL,,,-50,8,solid,reader")
+    (studies / "reports").mkdir()
+    report = "FINDINGS: There is a 6 mm solid nodule in the left lower lobe.\n"
+    (studies / "reports" / "patient2.txt").write_text(report)
+    learned = lesson()
+    assert learned.config.em == EmConfig()
+    assert learned.labelled == []
+    assert learned.init == model
+    (table,), (text,) = learned.weak["patient1"], learned.weak["patient2"]
+    assert (table.lobe, table.z_lps_mm, table.diameter_mm) == (Lobe.RUL, -50, 8)
+    assert (text.lobe, text.z_lps_mm, text.diameter_mm) == (Lobe.LLL, None, 6)
+    assert learned.running["message"].startswith("e-step 2 of 4, scan 17 of 60: step 30 of 100")
+    assert (learned.running["epoch"], learned.running["best_metric"]) == (1, 0.25)
+    report = app_dir / "model" / MODEL / "report.html"
+    assert learned.stats["message"] == (
+        f"published: CPM 0.5; EM (map) on the records of 2 scans; report: {report}"
+    )
+    page = report.read_text()
+    assert "published: CPM 0.5" in page
+    assert "one unreadable scan" in page
+
+
+def test_what_is_marked_is_not_taught_from_its_record(lesson, load, studies, ct, tmp_path):
+    shutil.copy(ct, studies / "patient2.nii")
+    label = tmp_path / "label.json"
+    write_markups(label, [Nodule((0, 0, 0), 8)])
+    load().datastore().save_label("patient1", str(label), "final", {})
+    write_records(studies, "patient1,RUL,,,-50,,,", "patient2,RUL,,,-50,,,")
+    learned = lesson()
+    assert (learned.labelled, list(learned.weak)) == (["patient1"], ["patient2"])
+
+    write_records(studies, "patient1,RUL,,,-50,,,")
+    learned = lesson()
+    assert (learned.labelled, learned.weak, learned.config.em) == (["patient1"], {}, None)
+    assert "marked scans only: no usable records of other scans in" in learned.stats["message"]
+
+
+def test_records_know_the_patients_of_the_datastore(load, studies):
+    app = load()
+    app.datastore().update_image_info("patient1", {"PatientID": "somebody"})
+    recorded = sys.modules["lib.trainers.nodule_detection"].recorded_studies
+    (weak,), _ = recorded(app.datastore(), Records((WeakLabel("patient1", Lobe.RUL),)))
+    assert weak.study.patient_id == "somebody"
+
+
+def test_the_request_chooses_method_rounds_and_length(lesson, studies):
+    write_records(studies, "patient1,RUL,,,-50,,,")
+    wanted = {"method": ["sampling", "soft"], "rounds": "2", "minutes": 0.5, "seed": 3}
+    config = lesson(wanted).config
+    assert config == TrainConfig(
+        steps=None, minutes=0.5, seed=3, em=EmConfig(method="sampling", rounds=2)
+    )
+
+
+def test_the_conf_has_the_defaults_of_a_request(lesson, load, studies):
+    write_records(studies, "patient1,RUL,,,-50,,,")
+    conf = {"em_method": "map", "train_steps": "70", "train_minutes": "1.5"}
+    offered = load(**conf).info()["trainers"][MODEL]["config"]
+    assert offered["method"] == ["map", "none", "sampling", "soft"]
+    assert (offered["steps"], offered["minutes"], offered["rounds"]) == (70, 1.5, EmConfig.rounds)
+    config = lesson(**conf).config
+    assert (config.em.method, config.steps, config.minutes) == ("map", None, 1.5)
+    config = lesson({"steps": 9}, **conf).config
+    assert (config.steps, config.minutes) == (9, None)
+    config = lesson({"minutes": 0}, **conf).config
+    assert (config.steps, config.minutes) == (70, None)
+
+
+@pytest.mark.parametrize("by", ["request", "conf"])
+def test_method_none_does_not_even_read_the_records(lesson, studies, by):
+    (studies / "weak_labels.csv").write_text("no table")
+    learned = lesson({"method": "none"}) if by == "request" else lesson(em_method="none")
+    assert (learned.config.em, learned.weak) == (None, {})
+    assert "marked scans only, as asked" in learned.stats["message"]
+
+
+def test_without_records_there_is_no_em_and_the_message_says_so(lesson, studies, caplog):
+    caplog.set_level("INFO")
+    learned = lesson()
+    assert (learned.config.em, learned.weak) == (None, {})
+    said = f"marked scans only: no usable records of other scans in {studies}"
+    assert said in learned.stats["message"]
+    assert said in caplog.text
+
+
+def test_every_record_that_cannot_be_used_is_named_and_all_are_counted(
+    lesson, app_dir, studies, ct, caplog
+):
+    shutil.copy(ct, studies / "patient2.nii")
+    (studies / "gone.nii").touch()
+    write_records(
+        studies,
+        "patient1,RUL,,,-50,,,",
+        "patient1,RXL,,,-50,,,",
+        "nobody,RUL,,,-50,,,",
+        "patient2,RUL,9999,one_at_head,,,,",
+        "gone,RUL,,,-50,,,",
+    )
+    learned = lesson()
+    assert list(learned.weak) == ["patient1"]
+    table = studies / "weak_labels.csv"
+    reasons = [
+        f"{table}, row 3: lobe: expected one of",
+        f"{table}, row 4: seriesuid: expected a scan that is there, got nobody",
+        f"{table}, row 5: slice_number: expected 1 to",
+        "gone.nii: file: expected a readable NIfTI",
+    ]
+    page = (app_dir / "model" / MODEL / "report.html").read_text()
+    for reason in reasons:
+        assert f"not used: {reason}" in caplog.text.replace(str(studies / "gone"), "gone")
+        assert reason in page.replace(str(studies / "gone"), "gone")
+    assert "EM (map) on the records of 1 scans, 5 records not used" in learned.stats["message"]
+
+
+def test_records_of_which_none_is_usable_are_no_em(lesson, studies):
+    write_records(studies, "nobody,RUL,,,-50,,,")
+    learned = lesson()
+    assert learned.config.em is None
+    assert "marked scans only: no usable records" in learned.stats["message"]
+    assert "1 records not used" in learned.stats["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("weak_labels.csv", "seriesuid;lobe\n", "weak_labels.csv: header: expected the columns"),
+        ("reports/patient1.doc", "a nodule", "reports: reports: expected files <series UID>.txt"),
+    ],
+)
+def test_records_that_cannot_be_read_stop_the_training_with_one_message(
+    lesson, load, app_dir, studies, name, content, message
+):
+    (studies / name).parent.mkdir(exist_ok=True)
+    (studies / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        lesson()
+    failed = load().info()["train_stats"][MODEL]["message"]
+    assert failed.startswith(f"failed: {studies}")
+    assert message in failed
+    assert not (app_dir / "model" / MODEL / "report.html").exists()
+
+
+def test_records_can_lie_elsewhere(lesson, studies, tmp_path):
+    write_records(studies, "patient1,RUL,,,-50,,,")
+    (tmp_path / "records").mkdir()
+    write_records(tmp_path / "records", "patient1,LLL,,,-60,,,")
+    for conf in ("records", "records/weak_labels.csv"):
+        learned = lesson(records=str(tmp_path / conf))
+        (label,) = learned.weak["patient1"]
+        assert (label.lobe, label.z_lps_mm) == (Lobe.LLL, -60)
+
+
+def test_records_of_a_dicom_server_find_their_slice_by_the_headers(load, tmp_path):
+    """A report names an image; the file that MONAI Label converts no longer says which it was."""
+    load()
+    trainer = sys.modules["lib.trainers.nodule_detection"]
+    phantom = make_phantom(5, nodule_count=1)
+    uid = phantom.series_uid
+
+    class Client:
+        base_url = "http://127.0.0.1/dicom-web"
+
+        def search_for_series(self, search_filters):
+            series = {"0020000E": uid, "0020000D": "1.2.3", "00100020": "somebody"}
+            return [{
+                tag: {"vr": "LO" if tag == "00100020" else "UI", "Value": [value]}
+                for tag, value in series.items()
+            }]  # fmt: skip
+
+    datastore = DICOMWebDatastore(Client(), {"Modality": "CT"}, cache_path=str(tmp_path))
+    try:
+        write_dicom_series(phantom, Path(datastore._datastore_path) / uid)  # as if fetched
+        label = replace(phantom.weak_labels[0], slice_convention=SliceConvention.DICOM_INSTANCE)
+        write_weak_labels(tmp_path / "weak_labels.csv", [label])
+        records = sys.modules["lib.records"].read_records(str(tmp_path))
+        (weak,), rejected = trainer.recorded_studies(datastore, records)
+    finally:
+        datastore._observer.stop()
+        datastore._observer.join()
+    assert rejected == []
+    assert (weak.study.series_uid, weak.study.patient_id) == (uid, "somebody")
+    z_mm = phantom.nodules[0].nodule.center_lps_mm[2]
+    assert weak.labels[0].z_lps_mm == pytest.approx(z_mm, abs=phantom.grid.spacing_mm[2])
+
+
+def test_an_address_has_no_records(load):
+    load()
+    assert sys.modules["lib.records"].read_records("http://127.0.0.1/dicom-web") == Records()

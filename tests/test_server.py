@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import psutil
 import pytest
 import SimpleITK as sitk
 import torch
@@ -24,6 +17,7 @@ from monailabel.client import MONAILabelClient
 from monailabel.client.client import MONAILabelClientException
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
+from serving import APP, MODEL, copy_app, ended, serving, stats, wait_for
 
 from deepem.geometry import RAS_TO_LPS, Grid
 from deepem.markups import read_markups
@@ -31,11 +25,9 @@ from deepem.model import fingerprint, load_model, publish
 from deepem.nodule import Nodule
 from deepem.phantom import make_phantom
 
-APP = Path(__file__).parent.parent / "apps" / "deepem_app"
-MODEL = "nodule_detection"
 SHIPPED = f"pretrained_{MODEL}.pt"
 DIAMETER_MM = 14.0
-START_S, TRAIN_S = 90, 180
+TRAIN_S = 180
 
 pytestmark = pytest.mark.slow
 
@@ -100,64 +92,18 @@ def write_studies(folder: Path) -> dict[str, Nodule]:
     }
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def kill_tree(process: subprocess.Popen) -> None:
-    if process.poll() is None:
-        for child in psutil.Process(process.pid).children(recursive=True):
-            child.kill()
-        process.kill()
-    process.wait(10)
-
-
-def wait_for(condition, seconds: float, what: str):
-    """The first true value of ``condition``; fails the test after ``seconds``."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        time.sleep(0.3)
-    pytest.fail(f"{what}: not within {seconds} s")
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
     """The app in a folder of its own, on a port of its own, on the loopback."""
     if not (APP / "model" / SHIPPED).is_file():
         pytest.fail(f"the app ships no model: {APP / 'model' / SHIPPED} is missing")
     root = tmp_path_factory.mktemp("server")
-    ignore = shutil.ignore_patterns("__pycache__", "bin", "logs", MODEL, f"{MODEL}.pt")
-    app = shutil.copytree(APP, root / "app", ignore=ignore)
+    app = copy_app(root / "app")
     studies = root / "studies"
     studies.mkdir()
     truth = write_studies(studies)
-    port, log = free_port(), root / "server.log"
-    command = [sys.executable, "-m", "monailabel.main", "start_server"]
-    command += ["--app", str(app), "--studies", str(studies)]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    environment = os.environ | {"MONAI_LABEL_SESSION_PATH": str(root / "sessions")}
-    client = MONAILabelClient(f"http://127.0.0.1:{port}", tmpdir=str(root))
-
-    def answers() -> bool:
-        assert process.poll() is None, f"the server ended:\n{log.read_text()[-4000:]}"
-        try:
-            return bool(client.info())
-        except OSError:
-            return False
-
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=root, env=environment, stdout=output, stderr=subprocess.STDOUT
-        )
-        try:
-            wait_for(answers, START_S, "the server answers")
-            yield Server(client, app / "model", studies, truth, log)
-        finally:
-            kill_tree(process)
+    with serving(app, studies, root) as running:
+        yield Server(running.client, app / "model", studies, truth, running.log)
 
 
 @pytest.fixture(autouse=True)
@@ -310,15 +256,6 @@ def test_labels_are_submitted_trained_on_and_the_better_model_is_served(server, 
         file, params = client.infer(MODEL, pose, {"score_threshold": "0"})
         assert params["model"] == card.weights_fingerprint != forgetful
         assert_found(file, params, nodule, within_mm=DIAMETER_MM / 2)  # after 24 steps: a hit
-
-
-def stats(client: MONAILabelClient) -> dict:
-    return client.info()["train_stats"][MODEL]
-
-
-def ended(client: MONAILabelClient) -> dict | None:
-    status = client.train_status()
-    return status if status["status"] in ("DONE", "ERROR", "STOPPED") else None
 
 
 def forget(source: Path, target: Path) -> str:

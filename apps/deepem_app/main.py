@@ -39,7 +39,8 @@ class DeepEMApp(MONAILabelApp):
         self._models = {}
         for name in _chosen(self._settings.models):
             self._models[name] = MODELS[name]()
-            self._models[name].init(name, str(Path(app_dir) / "model"), conf, planner=None)
+            model_dir = str(Path(app_dir) / "model")
+            self._models[name].init(name, model_dir, conf, planner=None, studies=studies)
         super().__init__(
             app_dir=app_dir,
             studies=studies,

@@ -30,7 +30,7 @@ from rich.progress import (
 )
 
 import deepem
-from deepem.em import EmConfig
+from deepem.em import METHODS, EmConfig
 from deepem.errors import InputError
 
 logger = logging.getLogger("deepem")
@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     weak = one.add_argument_group("EM on scans that only have records")
     weak.add_argument("--weak-labels", type=Path, metavar="CSV")
     weak.add_argument("--reports", type=Path, metavar="DIR_OR_CSV", help="free text")
-    weak.add_argument("--method", choices=("none", "map", "sampling", "soft"), default="soft",
+    weak.add_argument("--method", choices=("none", *METHODS), default=EmConfig.method,
                       help="none: the same training on marked scans alone")  # fmt: skip
     weak.add_argument("--rounds", type=_positive_int, default=EmConfig.rounds)
     weak.add_argument("--warm-start", type=float, default=EmConfig.warm_start, metavar="SHARE",
@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     source = one.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", type=Path, metavar="MODEL")
     source.add_argument("--proposals", type=Path, metavar="CSV", help="as `detect` writes them")
-    one.add_argument("--method", choices=("map", "sampling", "soft"), default="map")
+    one.add_argument("--method", choices=tuple(METHODS), default="map")
     one.add_argument("--null", type=float, nargs="?", const=0.1, default=0.0, metavar="WEIGHT",
                      help="let the null hypothesis compete (without WEIGHT: 0.1)")  # fmt: skip
     one.add_argument("--joint", action="store_true", help="no two labels describe one nodule")
@@ -399,7 +399,6 @@ def _weak_labels(options: argparse.Namespace) -> int:
 
 def _e_step(options: argparse.Namespace) -> int:
     from deepem.detector import Detector
-    from deepem.em import METHODS
     from deepem.explain import explain
     from deepem.files import write_json
     from deepem.observation import LobeModel, ObservationModel, SizeModel, SliceModel

@@ -216,7 +216,7 @@ class EmConfig:
     them; the paper leaves them alone. min_logit: of proposals (the paper: -3).
     """
 
-    method: str = "soft"
+    method: str = "map"
     rounds: int = 3
     warm_start: float = 0.5
     weak_share: float = 0.5

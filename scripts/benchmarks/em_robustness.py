@@ -26,7 +26,7 @@ from deepem.files import atomic_path, write_json
 from deepem.labelled import WeakStudy
 
 STRONG_ONLY = ARMS[0]
-CLEAN = next(arm for arm in ARMS if arm.name == "deepem")
+CLEAN = next(arm for arm in ARMS if arm.name == "MAP, extended")
 
 
 def missing_labels(share: float) -> Records:

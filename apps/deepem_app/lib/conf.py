@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
+from deepem.em import METHODS, EmConfig
 from deepem.errors import InputError
 
 DEVICES = ("auto", "cpu", "cuda")
+EM_METHODS = ("none", *METHODS)
 
 _OF_MONAI_LABEL = ("server_mode", "auth_token", "skip_scoring")
 """Keys that MONAI Label reads itself, or that its apps are commonly started with."""
@@ -25,10 +28,17 @@ class AppConf:
     device: str = "auto"
     skip_trainers: bool = False
     skip_strategies: bool = False
+    records: str = ""
+    em_method: str = EmConfig.method
+    train_steps: int = 4000
+    train_minutes: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.device not in DEVICES:
-            raise InputError("settings", "device", f"one of {DEVICES}", self.device)
+        probability(vars(self), "score_threshold", self.score_threshold)
+        one_of(vars(self), "device", DEVICES)
+        one_of(vars(self), "em_method", EM_METHODS)
+        if self.records and not Path(self.records).exists():
+            raise InputError("settings", "records", "an existing file or folder", self.records)
 
     @classmethod
     def parse(cls, conf: Mapping[str, Any]) -> AppConf:
@@ -38,7 +48,7 @@ class AppConf:
         if unknown:
             raise InputError("--conf", "key", f"one of {sorted(defaults)}", ", ".join(unknown))
         parsers: dict[type, Callable[[Mapping[str, Any], str, Any], Any]]
-        parsers = {bool: boolean, float: probability, str: text}
+        parsers = {bool: boolean, int: whole, float: number, str: text}
         return cls(**{
             key: parsers[type(default)](conf, key, default) for key, default in defaults.items()
         })  # fmt: skip
@@ -48,6 +58,14 @@ def text(settings: Mapping[str, Any], key: str, default: str) -> str:
     """The setting ``key``; of a list of choices, as a client may send it, the first."""
     value = settings.get(key, default)
     return str(value[0] if isinstance(value, (list, tuple)) and value else value).strip()
+
+
+def one_of(settings: Mapping[str, Any], key: str, choices: Sequence[str]) -> str:
+    """The setting, by default the first of ``choices``; InputError when it is none of them."""
+    value = text(settings, key, choices[0])
+    if value not in choices:
+        raise InputError("settings", key, f"one of {', '.join(choices)}", value)
+    return value
 
 
 def boolean(settings: Mapping[str, Any], key: str, default: bool) -> bool:
@@ -69,6 +87,14 @@ def number(settings: Mapping[str, Any], key: str, default: float) -> float:
     if not 0 <= parsed < float("inf"):
         raise InputError("settings", key, "a number, 0 or more", value)
     return parsed
+
+
+def whole(settings: Mapping[str, Any], key: str, default: int) -> int:
+    """The setting as a whole number, 0 or more; InputError for anything else."""
+    parsed = number(settings, key, default)
+    if parsed != int(parsed):
+        raise InputError("settings", key, "a whole number", parsed)
+    return int(parsed)
 
 
 def probability(settings: Mapping[str, Any], key: str, default: float) -> float:

@@ -18,9 +18,13 @@ class NoduleDetection(TaskConfig):
     def init(
         self, name: str, model_dir: str, conf: dict[str, str], planner: Any, **kwargs: Any
     ) -> None:
-        """Settle labels and files. ``conf`` has been checked by the app."""
+        """Settle labels and files. ``conf`` has been checked by the app.
+
+        studies, in ``kwargs``: folder or address of the scans; beside them records are looked for.
+        """
         super().init(name, model_dir, conf, planner, **kwargs)
         self.settings = AppConf.parse(conf)
+        self.records = self.settings.records or kwargs["studies"]
         self.labels = {"nodule": 1}
         published = Path(model_dir) / f"{name}.pt"
         shipped = Path(model_dir) / f"pretrained_{name}.pt"
@@ -32,4 +36,4 @@ class NoduleDetection(TaskConfig):
 
     def trainer(self) -> Trainer:
         """The task that trains."""
-        return Trainer(self.path, Path(self.model_dir) / self.name)
+        return Trainer(self.path, Path(self.model_dir) / self.name, self.records, self.settings)

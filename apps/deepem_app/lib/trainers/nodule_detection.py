@@ -1,4 +1,4 @@
-"""Train on the labels that were submitted, and publish the result if it is better."""
+"""Train on submitted labels and, by EM, on records; publish the result if it is better."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -15,38 +16,45 @@ from typing import Any
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 
+from deepem.em import EmConfig
 from deepem.errors import InputError
 from deepem.files import write_json
-from deepem.labelled import LabelledStudy
+from deepem.fit import Progress, TrainConfig
+from deepem.labelled import LabelledStudy, WeakStudy, weak_studies
 from deepem.markups import read_label
-from deepem.training import Progress, TrainConfig, TrainResult, train
-from deepem.volume import find_studies
-from lib.conf import DEVICES, number, text
+from deepem.training import TrainResult, train
+from deepem.volume import Study, find_studies, series_name
+from deepem.weak_labels import Records
+from lib.conf import DEVICES, EM_METHODS, AppConf, number, one_of, whole
+from lib.records import read_records
 from lib.served import served
 
 logger = logging.getLogger(__name__)
 
-_STEPS = 4000  # a quarter of an hour to an hour on a CPU
 _UNKNOWN = "UNK"  # how MONAI Label's DICOM datastore says that a tag is not there
 
 
 class NoduleDetection(TrainTask):
     """Runs in a process of its own, which MONAI Label may kill at any moment.
 
-    It reads the datastore and never writes to it; what it writes lies in ``folder`` and, when a
-    model is published, at the last of ``paths``. Every file is swapped in whole.
+    It reads the datastore and ``records`` and writes neither; what it writes lies in ``folder``
+    and, when a model is published, at the last of ``paths``. Every file is swapped in whole.
     """
 
-    def __init__(self, paths: Sequence[Path], folder: Path):
-        super().__init__("Trains the nodule detector on the submitted labels")
+    def __init__(self, paths: Sequence[Path], folder: Path, records: str, conf: AppConf):
+        super().__init__("Trains the nodule detector on submitted labels and on records")
         self._paths = paths
         self._folder = folder
+        self._records = records
+        self._conf = conf
 
     def config(self) -> dict[str, Any]:
         """What Slicer lets the user set. ``minutes`` counts when it is not 0, else ``steps``."""
         return {
-            "steps": _STEPS,
-            "minutes": 0,
+            "method": _methods(self._conf),
+            "rounds": EmConfig.rounds,
+            "steps": self._conf.train_steps,
+            "minutes": self._conf.train_minutes,
             "seed": 0,
             "device": list(DEVICES),
         }
@@ -65,33 +73,63 @@ class NoduleDetection(TrainTask):
         started = time.monotonic()
         self._tell("preparing")
         try:
-            result = self._train(train_config(request), labelled_studies(datastore))
+            result, how = self._train(train_config(request, self._conf), datastore)
         except Exception as error:
             self._tell(f"failed: {error}")
             raise
         seconds = round(time.monotonic() - started)
         epochs = len(result.history)
         return self._tell(
-            result.reason,
+            f"{result.reason}; {how}; report: {self._folder / 'report.html'}",
             epoch=epochs,
             total_epochs=epochs,
             best_metric=result.cpm,
             total_time=str(timedelta(seconds=seconds)),
         )
 
-    def _train(self, config: TrainConfig, labelled: Sequence[LabelledStudy]) -> TrainResult:
+    def _train(self, config: TrainConfig, datastore: Datastore) -> tuple[TrainResult, str]:
+        """The result, and in words what was trained on; the report page is written."""
+        labelled = labelled_studies(datastore)
+        weak: list[WeakStudy] = []
+        rejected: list[InputError] = []
+        how = "marked scans only, as asked"
+        if config.em:
+            weak, rejected = recorded_studies(datastore, read_records(self._records))
+            marked = {item.study.series_uid for item in labelled}
+            weak = [item for item in weak if item.study.series_uid not in marked]
+            how = f"EM ({config.em.method}) on the records of {len(weak)} scans"
+        if config.em and not weak:
+            config = replace(config, em=None)
+            how = f"marked scans only: no usable records of other scans in {self._records}"
+        for error in rejected:
+            logger.warning("not used: %s", error)
+        if rejected:
+            how += f", {len(rejected)} records not used (the log says why)"
         nodules = sum(len(item.nodules) for item in labelled)
-        logger.info("%d labelled scans with %d nodules; %s", len(labelled), nodules, config)
+        logger.info("%d marked scans with %d nodules; %s", len(labelled), nodules, how)
+        logger.info("%s", config)
         model = served(self._paths)
-        return train(
+        result = train(
             config,
             labelled,
             self._folder,
+            weak=weak,
             init=model,
             served=model,
             publish_to=self._paths[-1],
             on_progress=self._on_progress,
         )
+        from deepem.report import write_report
+
+        write_report(
+            self._folder / "report.html",
+            title="Training of the nodule detector",
+            verdict=result.reason,
+            history=result.history,
+            explained=result.explained,
+            skipped=[*map(str, rejected), *result.skipped],
+        )
+        return result, how
 
     def _on_progress(self, progress: Progress) -> None:
         line = f"{progress.stage}: step {progress.step} of {progress.steps}"
@@ -124,13 +162,26 @@ class NoduleDetection(TrainTask):
         return stats
 
 
-def train_config(request: Mapping[str, Any]) -> TrainConfig:
-    """The training that a request asks for; InputError for a value that makes no sense."""
-    minutes = number(request, "minutes", 0)
-    steps = None if minutes else round(number(request, "steps", _STEPS))
-    seed = round(number(request, "seed", 0))
-    device = text(request, "device", DEVICES[0])
-    return TrainConfig(steps=steps, minutes=minutes or None, seed=seed, device=device)
+def train_config(request: Mapping[str, Any], conf: AppConf) -> TrainConfig:
+    """The training that a request asks for; InputError for a value that makes no sense.
+
+    A request for a number of steps alone overrules ``conf.train_minutes``.
+    """
+    minutes = number(request, "minutes", 0.0 if "steps" in request else conf.train_minutes)
+    method = one_of(request, "method", _methods(conf))
+    rounds = whole(request, "rounds", EmConfig.rounds)
+    return TrainConfig(
+        steps=None if minutes else whole(request, "steps", conf.train_steps),
+        minutes=minutes or None,
+        seed=whole(request, "seed", 0),
+        device=one_of(request, "device", DEVICES),
+        em=None if method == "none" else EmConfig(method=method, rounds=rounds),
+    )
+
+
+def _methods(conf: AppConf) -> list[str]:
+    """All choices, that of ``conf`` first."""
+    return list(dict.fromkeys((conf.em_method, *EM_METHODS)))
 
 
 def labelled_studies(datastore: Datastore) -> list[LabelledStudy]:
@@ -138,11 +189,36 @@ def labelled_studies(datastore: Datastore) -> list[LabelledStudy]:
     labelled = []
     for pair in datastore.datalist():
         try:
-            study = find_studies(Path(pair["image"]))[0]
-            patient = datastore.get_image_info(study.series_uid).get("PatientID", _UNKNOWN)
-            if patient != _UNKNOWN:
-                study = replace(study, patient_id=patient)
+            study = _study(datastore, series_name(Path(pair["image"])))
             labelled.append(LabelledStudy(study, read_label(Path(pair["label"]))))
         except InputError as error:
             logger.warning("skipped a label: %s", error)
     return labelled
+
+
+def recorded_studies(
+    datastore: Datastore, records: Records
+) -> tuple[list[WeakStudy], list[InputError]]:
+    """Every image that a record tells of, and what of the records cannot be used."""
+    images = set(datastore.list_images())
+    studies = {}
+    for uid in records.series:
+        if uid in images:
+            with suppress(InputError):  # a file that is gone; `weak_studies` says so
+                studies[uid] = _study(datastore, uid)
+    return weak_studies(records, studies)
+
+
+def _study(datastore: Datastore, image: str) -> Study:
+    """An image as its DICOM files, if there are any, and with the patient the datastore knows.
+
+    Only the headers of DICOM files say which slice the number in a report means.
+    """
+    datastore.get_image_uri(image)  # a DICOMweb datastore fetches it now
+    info = datastore.get_image_info(image)
+    file = Path(info["path"])
+    folder = file.with_name(image)
+    found = find_studies(folder) if folder.is_dir() else []
+    study = next(item for item in [*found, *find_studies(file)] if item.series_uid == image)
+    patient = info.get("PatientID", _UNKNOWN)
+    return study if patient == _UNKNOWN else replace(study, patient_id=patient)
