@@ -1,44 +1,48 @@
-"""The E-step on phantoms with a real detector: every factor must earn its place."""
+"""The E-step against a real detector's proposals: every factor must earn its place.
+
+data/proposals.csv is what a network proposed that had seen four marked phantoms for 1200 steps:
+
+    deepem phantom --out P --count 18 --seed 4321
+    deepem detect --model WARM_START --out tests/data/proposals.csv P
+
+It misses a third of the nodules, as detectors do when the first round of EM begins.
+"""
 
 import importlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from deepem.labelled import weak_studies
-from deepem.model import load_model
-from deepem.network import fused
 from deepem.phantom import write_phantoms
-from deepem.rounds import propose_all, to_rows
+from deepem.rounds import to_rows
 from deepem.scan import ScanCache
+from deepem.tables import read_predictions
 from deepem.weak_labels import read_weak_labels
 
-ROOT = Path(__file__).parent.parent
-SHIPPED = ROOT / "apps/deepem_app/model/pretrained_nodule_detection.pt"
+TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """Hit, miss and null of every label, for all variants of the benchmark."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "scripts" / "benchmarks")
+        patch.syspath_prepend(TESTS.parent / "scripts" / "benchmarks")
         benchmark = importlib.import_module("e_step_quality")
         study = importlib.import_module("em_study")
     folder = tmp_path_factory.mktemp("quality")
-    write_phantoms(folder / "phantoms", 14, 4321)
+    write_phantoms(folder / "phantoms", 18, 4321)
     hidden = study.marked(folder / "phantoms")
     studies = {item.study.series_uid: item.study for item in hidden}
     weak, rejected = weak_studies(
         read_weak_labels(folder / "phantoms" / "weak_labels.csv"), studies
     )
     assert not rejected
-    cache, cpu = ScanCache(folder / "cache"), torch.device("cpu")
-    rows = {
-        item.study.series_uid: to_rows(found)
-        for item, found in propose_all(fused(load_model(SHIPPED)[0]), weak, cache, cpu, -3.0)
-    }
+    proposals = read_predictions(TESTS / "data" / "proposals.csv")
+    assert set(proposals) == set(studies)
+    rows = {item.study.series_uid: to_rows(proposals[item.study.series_uid]) for item in weak}
+    cache = ScanCache(folder / "cache")
     return {
         variant.name: {
             key: np.array(values)
@@ -52,14 +56,11 @@ def right(found):
     return found["right"].mean()
 
 
-def test_slice_and_lobe_lift_the_share_of_right_picks(measured):
-    alone, with_slice, with_lobe, both = (
-        right(measured[name])
-        for name in ("detector alone", "+ slice", "+ lobe", "slice and lobe (paper)")
-    )
-    assert len(measured["detector alone"]["right"]) >= 20
-    assert alone + 0.1 < min(with_slice, with_lobe) and both >= max(with_slice, with_lobe) - 0.05
-    assert both > alone + 0.25
+def test_the_record_lifts_the_share_of_right_picks(measured):
+    alone, paper = measured["detector alone"], measured["slice and lobe (paper)"]
+    assert len(alone["right"]) >= 30
+    assert right(paper) > right(alone) + 0.1
+    assert right(paper) > 0.8 * paper["proposed"].mean()  # of what can be right at all
 
 
 def test_no_pick_is_right_without_a_proposal(measured):
@@ -71,11 +72,11 @@ def test_the_null_hypothesis_gives_up_on_the_wrong_ones_first(measured):
     plain, null = measured["slice and lobe (paper)"], measured["paper + null"]
     used = null["null"] < 0.5
     assert 0.5 < used.mean() < 1
-    assert null["right"][used].mean() > plain["right"].mean()
+    assert null["right"][used].mean() > right(plain) + 0.05
 
 
-def test_wrong_lobes_cost_less_with_the_null_hypothesis_and_the_noise_model(measured):
-    paper = measured["20 % wrong lobes: paper"]
-    modelled = measured["20 % wrong lobes: all + noise model"]
-    assert right(paper) < right(measured["slice and lobe (paper)"])
-    assert right(modelled) >= right(measured["20 % wrong lobes: all"])
+def test_wrong_records_cost_and_the_noise_model_gives_some_of_it_back(measured):
+    paper, all_ = measured["slice and lobe (paper)"], measured["20 % wrong lobes: all"]
+    assert right(measured["20 % wrong lobes: paper"]) < right(paper)
+    assert right(measured["slices off by 5 mm: paper"]) < right(paper)
+    assert right(measured["20 % wrong lobes: all + noise model"]) > right(all_)
