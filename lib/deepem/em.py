@@ -208,18 +208,19 @@ class EmConfig:
 
     method: one of `METHODS`. rounds: how many. warm_start: share of the training on strong scans
     alone before the first round (0 where a model to start from is given). weak_share: of the
-    patches of a step. scans_per_round: as many weak scans are drawn for a round, all if there are
-    fewer (the paper: 1/16 of 17,602). null, joint: see `explain`. size, attenuation: what the
-    record says of these is evidence, and the size is taught. wrong_lobe, wrong_slice: assumed
-    shares of wrong records. clearance_mm: background this close to a reported slice teaches
-    nothing. rejected: whether proposals are taught to be none as far as the posterior is against
-    them; the paper leaves them alone. min_logit: of proposals (the paper: -3).
+    patches of a step, since there are many more weak scans than strong ones. scans_per_round: as
+    many weak scans are drawn for a round, all if there are fewer (the paper: 1/16 of 17,602).
+    null, joint: see `explain`. size, attenuation: what the record says of these is evidence, and
+    the size is taught. wrong_lobe, wrong_slice: assumed shares of wrong records. clearance_mm:
+    background this close to a reported slice teaches nothing. rejected: whether proposals are
+    taught to be none as far as the posterior is against them; the paper leaves them alone.
+    min_logit: of proposals (the paper: -3).
     """
 
     method: str = "map"
     rounds: int = 3
     warm_start: float = 0.5
-    weak_share: float = 0.5
+    weak_share: float = 0.75
     scans_per_round: int = 200
     null: float = 0.1
     joint: bool = True

@@ -40,7 +40,6 @@ ARMS = (
     Arm("MAP (paper)", replace(PAPER, method="map")),
     Arm("sampling (paper)", replace(PAPER, method="sampling")),
     Arm("soft", replace(PAPER, method="soft")),
-    Arm("soft, extended", EmConfig(method="soft")),
     Arm("MAP, extended", EmConfig()),
 )
 

@@ -50,12 +50,12 @@ Records = Callable[[Sequence[WeakStudy], np.random.Generator], list[WeakStudy]]
 class Size:
     """How large a study is."""
 
-    strong: int = 4
+    strong: int = 3
     weak: int = 60
     validation: int = 16
     test: int = 150
     warm_steps: int = 1200
-    steps: int = 900
+    steps: int = 1200
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def marked(folder: Path, most: int | None = None) -> list[LabelledStudy]:
 def make_phantoms(work: Path, size: Size, seeds: Sequence[int], jobs: int) -> None:
     """All phantoms of a study; what is there stays."""
     sets = [("validation", size.validation, VALIDATION_SEED), ("test", size.test, TEST_SEED)]
-    sets += [(f"seed{seed}", size.strong + size.weak + 4, TRAINING_SEED + seed) for seed in seeds]
+    sets += [(f"seed{seed}", size.strong + size.weak + 5, TRAINING_SEED + seed) for seed in seeds]
     folder = work / "phantoms"
     missing = [one for one in sets if not (folder / one[0] / "truth.json").exists()]
     tasks = [(write_phantoms, (folder / name, count, seed)) for name, count, seed in missing]
@@ -135,8 +135,10 @@ def run_arm(work: Path, size: Size, seed: int, arm: Arm) -> dict[str, Any]:
     labelled, weak = scans.strong, scans.weak
     if arm.records:
         weak = arm.records(weak, np.random.default_rng([seed, 1]))
-    if arm.oracle:  # half of the patches from either kind, as in EM
-        labelled = scans.strong * round(len(scans.hidden) / len(scans.strong)) + scans.hidden
+    if arm.oracle:  # as many of the patches are of strong scans as in EM
+        odds = (1 - EmConfig.weak_share) / EmConfig.weak_share
+        often = round(odds * len(scans.hidden) / len(scans.strong))
+        labelled = scans.strong * often + scans.hidden
     config = TrainConfig(
         steps=size.steps, patch=PATCH, seed=seed, validate_times=EmConfig.rounds, em=arm.em
     )
