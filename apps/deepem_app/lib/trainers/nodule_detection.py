@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 
@@ -20,18 +21,17 @@ from deepem.em import EmConfig
 from deepem.errors import InputError
 from deepem.files import write_json
 from deepem.fit import Progress, TrainConfig
-from deepem.labelled import LabelledStudy, WeakStudy, weak_studies
+from deepem.labelled import LabelledStudy, WeakStudy, usable_labels, weak_studies
 from deepem.markups import read_label
 from deepem.training import TrainResult, train
-from deepem.volume import Study, find_studies, series_name
+from deepem.volume import series_name
 from deepem.weak_labels import Records
 from lib.conf import DEVICES, EM_METHODS, AppConf, number, one_of, whole
 from lib.records import read_records
 from lib.served import served
+from lib.studies import pacs_slices, study
 
 logger = logging.getLogger(__name__)
-
-_UNKNOWN = "UNK"  # how MONAI Label's DICOM datastore says that a tag is not there
 
 
 class NoduleDetection(TrainTask):
@@ -189,8 +189,8 @@ def labelled_studies(datastore: Datastore) -> list[LabelledStudy]:
     labelled = []
     for pair in datastore.datalist():
         try:
-            study = _study(datastore, series_name(Path(pair["image"])))
-            labelled.append(LabelledStudy(study, read_label(Path(pair["label"]))))
+            one = study(datastore, series_name(Path(pair["image"])))
+            labelled.append(LabelledStudy(one, read_label(Path(pair["label"]))))
         except InputError as error:
             logger.warning("skipped a label: %s", error)
     return labelled
@@ -199,26 +199,19 @@ def labelled_studies(datastore: Datastore) -> list[LabelledStudy]:
 def recorded_studies(
     datastore: Datastore, records: Records
 ) -> tuple[list[WeakStudy], list[InputError]]:
-    """Every image that a record tells of, and what of the records cannot be used."""
-    images = set(datastore.list_images())
-    studies = {}
-    for uid in records.series:
-        if uid in images:
-            with suppress(InputError):  # a file that is gone; `weak_studies` says so
-                studies[uid] = _study(datastore, uid)
-    return weak_studies(records, studies)
+    """Every image that a record tells of, and what of the records cannot be used.
 
-
-def _study(datastore: Datastore, image: str) -> Study:
-    """An image as its DICOM files, if there are any, and with the patient the datastore knows.
-
-    Only the headers of DICOM files say which slice the number in a report means.
+    From a PACS only the images are fetched whose records its headers bear out.
     """
-    datastore.get_image_uri(image)  # a DICOMweb datastore fetches it now
-    info = datastore.get_image_info(image)
-    file = Path(info["path"])
-    folder = file.with_name(image)
-    found = find_studies(folder) if folder.is_dir() else []
-    study = next(item for item in [*found, *find_studies(file)] if item.series_uid == image)
-    patient = info.get("PatientID", _UNKNOWN)
-    return study if patient == _UNKNOWN else replace(study, patient_id=patient)
+    images = set(datastore.list_images())
+    wanted = [uid for uid in records.series if uid in images]
+    if isinstance(datastore, DICOMWebDatastore):
+        slices, rejected = pacs_slices(datastore, wanted, records)
+        usable, unusable = usable_labels(records, slices)
+        weak = [WeakStudy(study(datastore, uid), labels) for uid, labels in usable.items()]
+        return weak, [*rejected, *unusable]
+    studies = {}
+    for uid in wanted:
+        with suppress(InputError):  # a file that is gone; `weak_studies` says so
+            studies[uid] = study(datastore, uid)
+    return weak_studies(records, studies)
