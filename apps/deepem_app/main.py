@@ -24,6 +24,7 @@ import deepem
 from deepem.errors import InputError
 from lib.conf import AppConf
 from lib.configs.nodule_detection import NoduleDetection
+from lib.threads import InThreads
 
 MODELS = {"nodule_detection": NoduleDetection}
 IMAGES = ["*.nii.gz", "*.nii", "*.nrrd", "*.mha"]
@@ -79,6 +80,9 @@ class DeepEMApp(MONAILabelApp):
         """
         os.environ["MONAI_LABEL_DATASTORE_READ_ONLY"] = "true"
         super().on_init_complete()
+        from monailabel.app import app as server
+
+        server.middleware_stack = InThreads(server.middleware_stack, settings.MONAI_LABEL_API_STR)
 
     def infer(
         self, request: Mapping[str, Any], datastore: Datastore | None = None
