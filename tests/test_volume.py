@@ -6,7 +6,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from series import AFFINE_LPS_MM, write_dicom
 
 from deepem.errors import InputError
 from deepem.geometry import RAS_TO_LPS
@@ -20,50 +20,9 @@ def hu(rng):
     return rng.integers(-1000, 400, SHAPE).astype(np.int16)
 
 
-AFFINE_LPS_MM = np.array(
-    [[0.7, 0, 0, -100], [0, 0.8, 0, -90], [0, 0, 2.5, -300], [0, 0, 0, 1]], float
-)
-
-
 def write_nifti(path, hu, affine_lps_mm=AFFINE_LPS_MM):
     nib.save(nib.Nifti1Image(hu, RAS_TO_LPS @ affine_lps_mm), path)
     return path
-
-
-def write_dicom(
-    folder, hu, affine_lps_mm=AFFINE_LPS_MM, *, series_uid=None, modality="CT", patient="P1"
-):
-    """One file per slice, file names in no order, pixels stored with slope and intercept."""
-    folder.mkdir(exist_ok=True)
-    series_uid = series_uid or generate_uid()
-    spacing = np.linalg.norm(affine_lps_mm[:3, :3], axis=0)
-    row, column = (affine_lps_mm[:3, axis] / spacing[axis] for axis in (0, 1))
-    for k in range(hu.shape[2]):
-        file = pydicom.Dataset()
-        file.SOPClassUID, file.SOPInstanceUID = CTImageStorage, generate_uid()
-        file.SeriesInstanceUID, file.Modality, file.PatientID = series_uid, modality, patient
-        file.StudyInstanceUID = series_uid + ".1"
-        file.InstanceNumber = hu.shape[2] - k
-        file.ImagePositionPatient = [
-            f"{x:.6f}" for x in affine_lps_mm[:3, 3] + k * affine_lps_mm[:3, 2]
-        ]
-        file.ImageOrientationPatient = [f"{x:.9f}" for x in (*row, *column)]
-        file.PixelSpacing = [f"{spacing[1]:.6f}", f"{spacing[0]:.6f}"]
-        file.Rows, file.Columns = hu.shape[1], hu.shape[0]
-        file.SamplesPerPixel, file.PhotometricInterpretation = 1, "MONOCHROME2"
-        file.BitsAllocated = file.BitsStored = 16
-        file.HighBit, file.PixelRepresentation = 15, 0
-        file.RescaleSlope, file.RescaleIntercept = 1, -1024
-        file.PixelData = (hu[:, :, k].T + 1024).astype(np.uint16).tobytes()
-        file.file_meta = pydicom.dataset.FileMetaDataset()
-        file.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        file.file_meta.MediaStorageSOPClassUID = CTImageStorage
-        file.file_meta.MediaStorageSOPInstanceUID = file.SOPInstanceUID
-        file.is_little_endian, file.is_implicit_VR = True, False
-        file.save_as(
-            folder / f"{(k * 7) % 31:03d}_{series_uid[-6:]}.dcm", write_like_original=False
-        )
-    return series_uid
 
 
 @pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.mha", "a.mhd", "a.nrrd", "dicom"])

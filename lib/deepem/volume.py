@@ -128,14 +128,23 @@ def read_volume(path: Path | str, series_uid: str | None = None) -> Volume:
     return volume
 
 
+def dicom_files(folder: Path | str, series_uid: str | None = None) -> tuple[list[Path], Grid]:
+    """The files of a DICOM series, in the order of the slices k of the grid, which comes with them.
+
+    series_uid and errors: as for `read_volume`, which reads the pixels too.
+    """
+    folder = Path(folder)
+    slices, affine = _stacked(folder, _chosen(folder, series_uid)[1])
+    rows, columns = slices[0].shape
+    return [item.path for item in slices], Grid(affine, (columns, rows, len(slices)))
+
+
 def read_grid(path: Path | str, series_uid: str | None = None) -> Grid:
     """Grid of what `read_volume` reads, from the headers alone; InputError where there is none."""
     path = Path(path)
     if path.is_dir():
-        slices, affine = _stacked(path, _chosen(path, series_uid)[1])
-        rows, columns = slices[0].shape
-        shape: tuple[int, ...] = (columns, rows, len(slices))
-    elif path.is_file() and is_image_file(path):
+        return dicom_files(path, series_uid)[1]
+    if path.is_file() and is_image_file(path):
         nifti = path.name.lower().endswith((".nii", ".nii.gz"))
         shape, affine = _nifti_header(path) if nifti else _itk_header(path)
     else:

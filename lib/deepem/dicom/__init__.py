@@ -1,0 +1,6 @@
+"""Findings as DICOM objects that refer to the CT they were found in: SEG and SR."""
+
+from deepem.dicom.seg import nodule_seg
+from deepem.dicom.source import Source, read_source, write_dicom
+
+__all__ = ["Source", "nodule_seg", "read_source", "write_dicom"]
