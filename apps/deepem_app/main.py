@@ -9,8 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dicomweb_client.ext.gcp.session_utils import create_session_from_gcp_credentials
+from dicomweb_client.session_utils import create_session_from_user_pass
 from fastapi import HTTPException
 from monailabel.config import settings
+from monailabel.datastore.dicom import DICOMwebClientX
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
@@ -19,16 +22,16 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
+from monailabel.utils.others.generic import md5_digest
 
 import deepem
 from deepem.errors import InputError
 from lib.conf import AppConf
 from lib.configs.nodule_detection import NoduleDetection
+from lib.datastore import DicomWebStore, LocalStore
 from lib.threads import InThreads
 
 MODELS = {"nodule_detection": NoduleDetection}
-IMAGES = ["*.nii.gz", "*.nii", "*.nrrd", "*.mha"]
-"""Volumes that the library reads; the defaults of MONAI Label have photographs in them."""
 
 
 class DeepEMApp(MONAILabelApp):
@@ -54,9 +57,43 @@ class DeepEMApp(MONAILabelApp):
         self._auto_update_scoring = False  # else every next sample starts a process to score
 
     def init_datastore(self) -> Datastore:
-        """A datastore of the volume formats that the library reads."""
-        settings.MONAI_LABEL_DATASTORE_FILE_EXT = IMAGES
-        return super().init_datastore()
+        """The app's own datastore for a folder and for DICOMweb; another remote one as it is."""
+        if self.studies.startswith(("http://", "https://")):
+            return super().init_datastore()
+        return LocalStore(
+            Path(self.studies),
+            auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
+            read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
+        )
+
+    def _init_dicomweb_datastore(self) -> Datastore:
+        """As MONAI Label sets it up, without its download of programs that nothing here needs."""
+        user, password = (
+            settings.MONAI_LABEL_DICOMWEB_USERNAME,
+            settings.MONAI_LABEL_DICOMWEB_PASSWORD,
+        )
+        session = None
+        if "googleapis.com" in self.studies:
+            session = create_session_from_gcp_credentials()
+        elif user and password:
+            session = create_session_from_user_pass(user, password)
+        client = DICOMwebClientX(
+            url=self.studies,
+            session=session,
+            qido_url_prefix=settings.MONAI_LABEL_QIDO_PREFIX,
+            wado_url_prefix=settings.MONAI_LABEL_WADO_PREFIX,
+            stow_url_prefix=settings.MONAI_LABEL_STOW_PREFIX,
+        )
+        cache = settings.MONAI_LABEL_DICOMWEB_CACHE_PATH.strip()
+        root = Path(cache) if cache else Path.home() / ".cache" / "monailabel" / "dicom"
+        return DicomWebStore(
+            client,
+            root / md5_digest(client.base_url),
+            settings.MONAI_LABEL_DICOMWEB_SEARCH_FILTER,
+            fetch_by_frame=settings.MONAI_LABEL_DICOMWEB_FETCH_BY_FRAME,
+            convert_to_nifti=settings.MONAI_LABEL_DICOMWEB_CONVERT_TO_NIFTI,
+            read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
+        )
 
     def init_infers(self) -> dict[str, InferTask]:
         """One task per model; Slicer preselects the first."""
@@ -73,16 +110,28 @@ class DeepEMApp(MONAILabelApp):
         return {} if self._settings.skip_strategies else {"random": Random(), "first": First()}
 
     def on_init_complete(self) -> None:
-        """Called in the server only: the processes that it starts must not write its datastore.
+        """Called in the server only, before its first request.
 
-        Each of them opens the datastore, and with a new image in the folder it would write its
-        own snapshot back, over a label that was submitted meanwhile.
+        The processes that it starts open the datastore to read: what is to be learned from is not
+        written by who learns.
         """
         os.environ["MONAI_LABEL_DATASTORE_READ_ONLY"] = "true"
         super().on_init_complete()
-        from monailabel.app import app as server
+        from monailabel.app import app as server  # importing it makes a server: not above
 
         server.middleware_stack = InThreads(server.middleware_stack, settings.MONAI_LABEL_API_STR)
+
+    def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
+        """Tell the client who submitted a label whether it went to the PACS too."""
+        info = self.datastore().get_label_info(label_id, DefaultLabelTag.FINAL)
+        return {key: info[key] for key in ("seg", "seg_error") if info.get(key)}
+
+    def batch_infer(
+        self, request: Mapping[str, Any], datastore: Datastore | None = None
+    ) -> dict[str, Any]:
+        """Detect in many scans. To save what was found is the task, so its process may write."""
+        self.datastore().read_only = False
+        return super().batch_infer(request, datastore)
 
     def infer(
         self, request: Mapping[str, Any], datastore: Datastore | None = None

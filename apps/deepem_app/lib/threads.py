@@ -10,7 +10,7 @@ or FastAPI has to be known: whatever an endpoint answers or raises arrives as be
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
@@ -18,7 +18,7 @@ from anyio import CapacityLimiter, to_thread
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Coroutine[Any, Any, None]]
 
 DETECTING = ("/infer/",)
 TASKS = ("/train/", "/scoring/", "/batch/")

@@ -182,13 +182,13 @@ class LocalStore(LocalDatastore):
 
     def _keep(self, tag: str, image_id: str) -> list[Path]:
         """Copy the label to the earlier versions. Returns its file, or what a killed save left."""
-        files = self._label_files(tag).get(image_id, [])
-        for file in files:
+        places = {suffix: self._label_folder(tag) / f"{image_id}{suffix}" for suffix in LABELS}
+        files = {suffix: file for suffix, file in places.items() if file.is_file()}
+        for suffix, file in files.items():
             number = self._number(tag, image_id)
-            suffix = self._to_id(file.name)[1]
             with atomic_path(self._versions(tag, image_id) / f"{number:04d}{suffix}") as aside:
                 shutil.copy2(file, aside)  # with its date
-        return files
+        return list(files.values())
 
     def _retire(self, tag: str, image_id: str) -> None:
         for file in self._keep(tag, image_id):
