@@ -185,7 +185,7 @@ def test_a_free_port_is_accepted():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    start.check_port("127.0.0.1", port)
+    start.check_port("127.0.0.1", port, "--port")
 
 
 def test_a_missing_studies_folder_is_refused_and_an_address_is_not(tmp_path):
@@ -249,8 +249,8 @@ def test_a_server_that_ends_at_once_is_an_error_and_no_endless_wait():
 
 def test_arguments_after_two_dashes_belong_to_the_server():
     asked = ["--port", "9", "--", "--conf", "a", "--"]
-    assert start._split(asked) == (["--port", "9"], ["--conf", "a", "--"])
-    assert start._split(["--port", "9"]) == (["--port", "9"], [])
+    assert start.split(asked) == (["--port", "9"], ["--conf", "a", "--"])
+    assert start.split(["--port", "9"]) == (["--port", "9"], [])
 
 
 # --- the benchmark
