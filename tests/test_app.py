@@ -667,21 +667,30 @@ def test_records_can_lie_elsewhere(lesson, studies, tmp_path):
 
 
 class Pacs:
-    """A DICOMweb client of a PACS with one series, whose files are fetched already."""
+    """A DICOMweb client of a PACS with one series of a phantom."""
 
     base_url = "http://127.0.0.1/dicom-web"
 
-    def __init__(self, uid: str):
-        self.uid = str(uid)
+    def __init__(self, folder: Path):
+        self.headers = [pydicom.dcmread(file) for file in sorted(folder.iterdir())]
+        self.uid = str(self.headers[0].SeriesInstanceUID)
+        self.fetched = 0
         self.stored: list[pydicom.Dataset] = []
         self.answer: pydicom.Dataset | Exception = pydicom.Dataset()
 
-    def search_for_series(self, search_filters):
+    def search_for_series(self, study_uid=None, search_filters=None):
         series = {"0020000E": self.uid, "0020000D": "1.2.3", "00100020": "somebody"}
         return [{
             tag: {"vr": "LO" if tag == "00100020" else "UI", "Value": [value]}
             for tag, value in series.items()
         }]  # fmt: skip
+
+    def retrieve_series_metadata(self, study_uid, series_uid):
+        return [json.loads(header.to_json()) for header in self.headers]
+
+    def retrieve_series(self, study_uid, series_uid):
+        self.fetched += 1
+        return self.headers
 
     def store_instances(self, datasets):
         if isinstance(self.answer, Exception):
@@ -694,9 +703,9 @@ class Pacs:
 def pacs(tmp_path):
     """A phantom in a DICOMweb datastore with its client; the InstanceNumbers run from the head."""
     phantom = make_phantom(5, nodule_count=1)
-    client = Pacs(phantom.series_uid)
+    write_dicom_series(phantom, tmp_path / "pacs")
+    client = Pacs(tmp_path / "pacs")
     datastore = DICOMWebDatastore(client, {"Modality": "CT"}, cache_path=str(tmp_path / "cache"))
-    write_dicom_series(phantom, Path(datastore._datastore_path) / phantom.series_uid)
     yield phantom, datastore, client
     datastore._observer.stop()
     datastore._observer.join()
@@ -726,7 +735,7 @@ def test_a_report_is_stored_on_request_and_stays_one_object(truthful, pacs):
     first, second = client.stored
     assert first.Modality == "SR" and first.SOPInstanceUID == second.SOPInstanceUID
     assert result["params"]["sr"]["SOPInstanceUID"] == first.SOPInstanceUID
-    file = pydicom.dcmread(next((Path(datastore._datastore_path) / client.uid).iterdir()))
+    file = client.headers[0]
     assert (first.PatientID, first.StudyInstanceUID) == (file.PatientID, file.StudyInstanceUID)
     diameter, certainty = (item.value for item in first.iterall() if item.keyword == "NumericValue")
     assert diameter == pytest.approx(phantom.nodules[0].nodule.diameter_mm, abs=1e-4)
@@ -749,25 +758,60 @@ def test_a_pacs_that_does_not_take_the_report_is_named(truthful, pacs):
 
 def test_a_pacs_series_with_a_missing_slice_is_refused_with_the_reason(truthful, pacs):
     _, datastore, client = pacs
-    sorted((Path(datastore._datastore_path) / client.uid).iterdir())[20].unlink()
+    del client.headers[20]
     with pytest.raises(HTTPException, match="missing or repeated slices") as caught:
         truthful.infer({"model": MASK, "image": client.uid}, datastore)
     assert caught.value.status_code == 422
 
 
-def test_records_of_a_dicom_server_find_their_slice_by_the_headers(load, pacs, tmp_path):
-    """A report names an image; the file that MONAI Label converts no longer says which it was."""
+def records_of_pacs(trainer, datastore, folder: Path, labels):
+    write_weak_labels(folder / "weak_labels.csv", labels)
+    records = sys.modules["lib.records"].read_records(str(folder))
+    return trainer.recorded_studies(datastore, records)
+
+
+def test_records_of_a_pacs_find_their_slice_by_its_headers(load, pacs, tmp_path):
+    """By number, by series and number, by UID; the series is fetched only for a usable record."""
     load()
     trainer = sys.modules["lib.trainers.nodule_detection"]
     phantom, datastore, client = pacs
+    number = phantom.weak_labels[0].slice_number
+    assert number is not None
+    sop_uid = str(client.headers[number - 1].SOPInstanceUID)
+    z_mm = float(client.headers[number - 1].ImagePositionPatient[2])
     label = replace(phantom.weak_labels[0], slice_convention=SliceConvention.DICOM_INSTANCE)
-    write_weak_labels(tmp_path / "weak_labels.csv", [label])
-    records = sys.modules["lib.records"].read_records(str(tmp_path))
-    (weak,), rejected = trainer.recorded_studies(datastore, records)
-    assert rejected == []
-    assert (weak.study.series_uid, weak.study.patient_id) == (client.uid, "somebody")
-    z_mm = phantom.nodules[0].nodule.center_lps_mm[2]
-    assert weak.labels[0].z_lps_mm == pytest.approx(z_mm, abs=phantom.grid.spacing_mm[2])
+    free = replace(label, slice_number=None, slice_convention=None)
+    wrong = [
+        (replace(label, slice_number=1000), "slice_number"),
+        (replace(label, series_number=77), "series_number"),
+        (replace(free, sop_instance_uid="1.2.3.4"), "sop_instance_uid"),
+    ]
+    for bad, field in wrong:
+        weak, (rejected,) = records_of_pacs(trainer, datastore, tmp_path, [bad])
+        assert (weak, rejected.field) == ([], field)
+        assert rejected.where.startswith(f"{tmp_path / 'weak_labels.csv'}, row 2")
+    assert client.fetched == 0
+    for good in (label, replace(label, series_number=1), replace(free, sop_instance_uid=sop_uid)):
+        (weak,), rejected = records_of_pacs(trainer, datastore, tmp_path, [good])
+        assert rejected == []
+        assert (weak.study.series_uid, weak.study.patient_id) == (client.uid, "somebody")
+        assert weak.labels[0].z_lps_mm == pytest.approx(z_mm)
+    assert client.fetched == 1
+    np.testing.assert_array_equal(read_volume(weak.study.path).hu, phantom.hu)
+
+
+def test_a_pacs_that_does_not_tell_the_headers_is_named(load, pacs, tmp_path, monkeypatch):
+    load()
+    trainer = sys.modules["lib.trainers.nodule_detection"]
+    phantom, datastore, client = pacs
+
+    def fails(*arguments):
+        raise requests.HTTPError("404 for url")
+
+    monkeypatch.setattr(client, "retrieve_series_metadata", fails)
+    weak, rejected = records_of_pacs(trainer, datastore, tmp_path, phantom.weak_labels)
+    assert weak == []
+    assert f"{client.base_url}, series {client.uid}: DICOM headers" in str(rejected[0])
 
 
 def test_an_address_has_no_records(load):

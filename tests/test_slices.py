@@ -6,6 +6,7 @@ import json
 import math
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -24,6 +25,7 @@ from deepem.weak_labels import (
     direction_evidence,
     in_patient_space,
     read_slices,
+    slices_of_headers,
     z_lps_mm,
 )
 
@@ -174,6 +176,44 @@ def test_a_number_belongs_to_the_series_that_the_report_names(dicom):
     ]:
         with pytest.raises(InputError, match=message):
             z_lps_mm(label(number, DICOM, series_number=series), dicom)
+
+
+def test_an_image_is_found_by_its_uid_in_the_scan_or_beside_it(dicom):
+    def uid(series, at=1):
+        return [one.sop_instance_uid for one in dicom.images if one.series_uid == series][at]
+
+    def named(sop_instance_uid):
+        return WeakLabel("1.2", sop_instance_uid=sop_instance_uid, source="w.csv, row 2")
+
+    assert z_lps_mm(named(uid("1.2")), dicom) == -15
+    assert z_lps_mm(named(uid("1.3", 2)), dicom) == -12
+    for wrong, message in [
+        ("1.2.3", r"w.csv, row 2: sop_instance_uid: expected an image of the scan .* got 1\.2\.3"),
+        (uid("1.5"), "expected an image of the scan"),  # not in the same frame of reference
+        (uid("1.4"), "expected an axial image, got .*, coronal or sagittal"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            z_lps_mm(named(wrong), dicom)
+    (placed,), (rejected,) = in_patient_space([named(uid("1.2")), named("1.2.3")], {"1.2": dicom})
+    assert (placed.z_lps_mm, placed.sop_instance_uid) == (-15, None)
+    assert rejected.field == "sop_instance_uid"
+    with pytest.raises(InputError, match="expected nothing for a scan without DICOM headers"):
+        z_lps_mm(named("1.2.3"), replace(dicom, images=()))
+
+
+def test_headers_from_elsewhere_say_the_same_as_files(dicom):
+    files = sorted(Path(dicom.where).iterdir(), reverse=True)
+    headers = [pydicom.Dataset.from_json(pydicom.dcmread(file).to_json()) for file in files]
+    told = slices_of_headers("the PACS", "1.2", headers)
+    np.testing.assert_allclose(told.grid.affine_lps_mm, dicom.grid.affine_lps_mm)
+    assert told.grid.shape == dicom.grid.shape
+    assert set(told.images) == set(dicom.images)
+    with pytest.raises(InputError, match="the PACS: DICOM series: expected at least one image"):
+        slices_of_headers("the PACS", "1.7", headers)
+    own = next(header for header in headers if header.SeriesInstanceUID == "1.2")
+    del own.PixelSpacing
+    with pytest.raises(InputError, match="DICOM header: expected position, orientation"):
+        slices_of_headers("the PACS", "1.2", headers)
 
 
 def test_a_number_that_is_there_twice_is_refused(dicom):

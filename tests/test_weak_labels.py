@@ -49,6 +49,7 @@ def table(tmp_path):
         ({"attenuation": "Solid"}, r"attenuation: expected one of \('solid', .* got 'Solid'"),
         ({"margin": "sharp"}, r"margin: expected one of \('smooth', .* got 'sharp'"),
         ({"series_number": 2}, "series_number: expected only with dicom_instance, got None"),
+        ({"sop_instance_uid": "1", "z_lps_mm": 2.0}, "z_lps_mm: expected .*, got more than one"),
     ],
 )
 def test_words_of_a_weak_label_are_checked(fields, message):
@@ -71,6 +72,7 @@ def test_what_is_written_is_read_with_its_row(tmp_path):
             WeakLabel("1.3", z_lps_mm=-101.5, margin="spiculated"),
             WeakLabel("1.3", slice_number=7, slice_convention=dicom, series_number=203),
             WeakLabel("1.4"),
+            WeakLabel("1.4", sop_instance_uid="1.4.77"),
         ],
         [CleanStatement("1.5", "r2.txt[0:9]")],
     )
@@ -83,8 +85,9 @@ def test_what_is_written_is_read_with_its_row(tmp_path):
         WeakLabel("1.3", slice_number=7, slice_convention=dicom, series_number=203,
                   source=f"{path}, row 4"),
         WeakLabel("1.4", source=f"{path}, row 5"),
+        WeakLabel("1.4", sop_instance_uid="1.4.77", source=f"{path}, row 6"),
     )  # fmt: skip
-    assert records.clean == (CleanStatement("1.5", f"{path}, row 6: r2.txt[0:9]"),)
+    assert records.clean == (CleanStatement("1.5", f"{path}, row 7: r2.txt[0:9]"),)
     assert (records.rejected, records.others) == ((), 0)
     assert records.series == ["1.2", "1.3", "1.4", "1.5"]
 
@@ -126,11 +129,12 @@ def test_a_bad_row_is_rejected_and_the_rest_goes_on(table, row, message):
 
 
 def test_extra_columns_are_checked_as_well(table):
-    columns = HEADER.strip() + ",margin,series_number\n"
-    path = table(columns + "a,,,,,,,,sharp,\na,,3,one_at_head,,,,,,2\n")
+    columns = HEADER.strip() + ",margin,series_number,sop_instance_uid\n"
+    path = table(columns + "a,,,,,,,,sharp,\na,,3,one_at_head,,,,,,2\na,,,,-5.0,,,,,,1.2.3\n")
     assert [str(error).split("row ")[1] for error in read_weak_labels(path).rejected] == [
         "2: margin: expected one of smooth, lobulated, spiculated, poorly_defined, got sharp",
         "3: series_number: expected nothing without a dicom_instance, got 2",
+        "4: sop_instance_uid: expected nothing beside another slice, got 1.2.3",
     ]
 
 

@@ -29,7 +29,7 @@ def explain(
     slice contributes no factor. null: weight of the null hypothesis, as the probability of a
     proposal that fits the label perfectly and would be as likely; 0 switches it off.
     """
-    unplaced = [label for label in labels if label.slice_number is not None]
+    unplaced = [label for label in labels if label.to_be_placed]
     if unplaced:
         raise ValueError(f"labels: expected slices as z_lps_mm, got {unplaced[0]}")
     z_lps_mm = np.array([np.nan if one.z_lps_mm is None else one.z_lps_mm for one in labels])

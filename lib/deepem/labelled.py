@@ -16,7 +16,7 @@ from deepem.nodule import Nodule, WeakLabel
 from deepem.patches import LabelledScan
 from deepem.scan import ScanCache
 from deepem.volume import Study
-from deepem.weak_labels import Records, in_patient_space, read_slices
+from deepem.weak_labels import Records, ScanSlices, in_patient_space, read_slices
 
 logger = logging.getLogger(__name__)
 
@@ -122,37 +122,48 @@ def weak_studies(
 ) -> tuple[list[WeakStudy], list[InputError]]:
     """Scans that records tell of, and everything that cannot be used, with its reason.
 
-    studies: by series UID. Only headers are read. A record that calls a scan clean loses against
-    one that names a nodule in it. A scan of which one label cannot be placed is left out whole:
-    what lies near an unknown nodule must not be taught as background.
+    studies: by series UID. Only headers are read; what is usable, `usable_labels` says.
     """
-    slices, rejected = {}, list(records.rejected)
+    slices, unread = {}, []
     for uid in records.series:
         if uid in studies:
             try:
                 slices[uid] = read_slices(studies[uid])
             except InputError as error:
-                rejected.append(error)
+                unread.append(error)
+    usable, rejected = usable_labels(records, slices)
+    return [WeakStudy(studies[uid], labels) for uid, labels in usable.items()], [*unread, *rejected]
+
+
+def usable_labels(
+    records: Records, slices: Mapping[str, ScanSlices]
+) -> tuple[dict[str, tuple[WeakLabel, ...]], list[InputError]]:
+    """Placed labels of every scan that can be learned from; none for a clean one. And the rest.
+
+    slices: by series UID. A record that calls a scan clean loses against one that names a nodule in
+    it. A scan of which one label cannot be placed is left out whole: what lies near an unknown
+    nodule must not be taught as background.
+    """
     placed, misplaced = in_patient_space(records.labels, slices)
-    rejected += misplaced
-    by_series: dict[str, list[WeakLabel]] = {uid: [] for uid in slices}
+    rejected = [*records.rejected, *misplaced]
+    by_series: dict[str, list[WeakLabel]] = {uid: [] for uid in records.series if uid in slices}
     for label in placed:
         by_series[label.series_uid].append(label)
     told = Counter(label.series_uid for label in records.labels)
     clean = {item.series_uid: item for item in records.clean}
     for uid, item in clean.items():
-        if uid not in studies:
+        if uid not in slices:
             expected = "a scan that is there"
             rejected.append(InputError(item.source, "seriesuid", expected, uid))
         elif told[uid]:
             rejected.append(InputError(item.source, "lobe", "no other record of the scan",
                                        f"{told[uid]} nodules"))  # fmt: skip
-    weak = []
+    usable = {}
     for uid, labels in by_series.items():
         if len(labels) == told[uid]:
-            weak.append(WeakStudy(studies[uid], tuple(labels)))
+            usable[uid] = tuple(labels)
         elif labels:
-            usable = f"{len(labels)} of {told[uid]} in {uid}"
+            got = f"{len(labels)} of {told[uid]} in {uid}"
             expected = "all records of the scan usable"
-            rejected.append(InputError(labels[0].source, "seriesuid", expected, usable))
-    return weak, rejected
+            rejected.append(InputError(labels[0].source, "seriesuid", expected, got))
+    return usable, rejected

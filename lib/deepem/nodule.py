@@ -82,7 +82,8 @@ class WeakLabel:
     """One nodule as a record reports it: roughly where, never exactly.
 
     ``lobe`` and the slice are None when unknown. The slice is either ``slice_number`` with its
-    ``slice_convention``, or ``z_lps_mm``; never both. A number of DICOM images may say of which
+    ``slice_convention``, or the ``sop_instance_uid`` of a DICOM image, or ``z_lps_mm``; never two
+    of them. A number of DICOM images may say of which
     series of the study it is (``series_number``); without, it is one of ``series_uid``.
     ``attenuation`` and ``margin`` are one of `ATTENUATIONS` and `MARGINS`. ``source`` is where a
     person can look it up: file and row, or file and character span.
@@ -98,6 +99,7 @@ class WeakLabel:
     source: str = ""
     margin: str | None = None
     series_number: int | None = None
+    sop_instance_uid: str | None = None
 
     def __post_init__(self) -> None:
         if not self.series_uid:
@@ -107,8 +109,11 @@ class WeakLabel:
                 "slice_convention: expected one exactly where slice_number is given, "
                 f"got {self.slice_number} and {self.slice_convention}"
             )
-        if self.slice_number is not None and self.z_lps_mm is not None:
-            raise ValueError("z_lps_mm: expected a slice number or a z, got both")
+        if sum(one is not None for one in (self.slice_number, self.sop_instance_uid,
+                                           self.z_lps_mm)) > 1:  # fmt: skip
+            raise ValueError(
+                "z_lps_mm: expected a slice number, a SOP instance UID or a z, got more than one"
+            )
         if self.slice_number is not None and self.slice_number < 0:
             raise ValueError(f"slice_number: expected 0 or more, got {self.slice_number}")
         if self.z_lps_mm is not None and not math.isfinite(self.z_lps_mm):
@@ -127,6 +132,11 @@ class WeakLabel:
             value = getattr(self, field)
             if value is not None and value not in choices:
                 raise ValueError(f"{field}: expected one of {choices}, got {value!r}")
+
+    @property
+    def to_be_placed(self) -> bool:
+        """Whether its slice still has to be looked up in the scan."""
+        return self.slice_number is not None or self.sop_instance_uid is not None
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ WEAK_LABEL_COLUMNS = (
     "attenuation",
     "source",
 )
-WEAK_LABEL_EXTRA_COLUMNS = ("margin", "series_number")
+WEAK_LABEL_EXTRA_COLUMNS = ("margin", "series_number", "sop_instance_uid")
 """Written only where some label has them."""
 
 NO_NODULES = "no nodules"
@@ -154,6 +154,7 @@ def write_weak_labels(
             "source": label.source,
             "margin": label.margin,
             "series_number": label.series_number,
+            "sop_instance_uid": label.sop_instance_uid,
         }
         for label in labels
     ]

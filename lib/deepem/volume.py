@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,19 @@ def dicom_files(folder: Path | str, series_uid: str | None = None) -> tuple[list
     slices, affine = _stacked(folder, _chosen(folder, series_uid)[1])
     rows, columns = slices[0].shape
     return [item.path for item in slices], Grid(affine, (columns, rows, len(slices)))
+
+
+def grid_of_headers(where: str, headers: Sequence[pydicom.Dataset]) -> Grid:
+    """Grid of one series by the headers of its images, wherever they come from.
+
+    where: names the series in errors, which are those of `read_volume`.
+    """
+    if not headers:
+        raise InputError(where, "DICOM series", "at least one image", "none")
+    slices = [_slice(header, Path(str(header.get("SOPInstanceUID")))) for header in headers]
+    slices, affine = _stacked(Path(where), slices)
+    rows, columns = slices[0].shape
+    return Grid(affine, (columns, rows, len(slices)))
 
 
 def read_grid(path: Path | str, series_uid: str | None = None) -> Grid:
@@ -279,7 +292,6 @@ class _Slice:
 
     path: Path
     patient_id: str
-    modality: str
     position_lps_mm: tuple[float, ...]
     orientation: tuple[float, ...]
     spacing_mm: tuple[float, ...]
@@ -305,32 +317,34 @@ def _ct_series(folder: Path) -> dict[str, list[_Slice]]:
             if header.get("Modality") != "CT":
                 others.add(f"{header.SeriesInstanceUID} ({header.get('Modality')})")
                 continue
-            if int(header.get("NumberOfFrames") or 1) > 1:
-                raise InputError(file, "NumberOfFrames", "1 (one slice a file)", "a multi-frame CT")
-            series[str(header.SeriesInstanceUID)].append(
-                _Slice(
-                    file,
-                    str(header.get("PatientID") or header.SeriesInstanceUID),
-                    header.Modality,
-                    tuple(map(float, header.ImagePositionPatient)),
-                    tuple(map(float, header.ImageOrientationPatient)),
-                    tuple(map(float, header.PixelSpacing)),
-                    (int(header.Rows), int(header.Columns)),
-                )
-            )
+            series[str(header.SeriesInstanceUID)].append(_slice(header, file))
         except InvalidDicomError:
             continue
-        except (AttributeError, TypeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            wanted = "position, orientation and spacing of a CT slice"
-            raise InputError(file, "DICOM header", wanted, _first_line(error)) from error
     for other in sorted(others):
         logger.info("%s: skipped series %s: not a CT", folder, other)
     if not series:
         got = f"other modalities: {', '.join(sorted(others))}" if others else "none"
         raise InputError(folder, "DICOM series", f"a CT among its {len(files)} files", got)
     return dict(series)
+
+
+def _slice(header: pydicom.Dataset, path: Path) -> _Slice:
+    try:
+        if int(header.get("NumberOfFrames") or 1) > 1:
+            raise InputError(path, "NumberOfFrames", "1 (one slice a file)", "a multi-frame CT")
+        return _Slice(
+            path,
+            str(header.get("PatientID") or header.SeriesInstanceUID),
+            tuple(map(float, header.ImagePositionPatient)),
+            tuple(map(float, header.ImageOrientationPatient)),
+            tuple(map(float, header.PixelSpacing)),
+            (int(header.Rows), int(header.Columns)),
+        )
+    except (AttributeError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        wanted = "position, orientation and spacing of a CT slice"
+        raise InputError(path, "DICOM header", wanted, _first_line(error)) from error
 
 
 def _chosen(folder: Path, series_uid: str | None) -> tuple[str, list[_Slice]]:

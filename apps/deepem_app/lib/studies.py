@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from dicomweb_client import DICOMwebClient
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.interfaces.datastore import Datastore
+from pydicom.dataset import Dataset
+from requests import RequestException
 
+from deepem.errors import InputError
 from deepem.volume import Study, find_studies
+from deepem.weak_labels import Records, ScanSlices, slices_of_headers
 
 _UNKNOWN = "UNK"  # how MONAI Label's DICOM datastore says that a tag is not there
 
@@ -32,3 +38,43 @@ def study(datastore: Datastore, image: str) -> Study:
         (one,) = find_studies(file)
     patient = info.get("PatientID", _UNKNOWN)
     return one if patient == _UNKNOWN else replace(one, patient_id=patient)
+
+
+def pacs_slices(
+    datastore: DICOMWebDatastore, images: Iterable[str], records: Records
+) -> tuple[dict[str, ScanSlices], list[InputError]]:
+    """Where the slices of images lie, by the headers that the PACS tells; nothing is fetched.
+
+    A record may name an image of another series of the study: those are asked for only then.
+    Second come the images of which the PACS tells nothing usable.
+    """
+    beside = {
+        label.series_uid
+        for label in records.labels
+        if label.series_number is not None or label.sop_instance_uid is not None
+    }
+    slices, rejected = {}, []
+    for image in images:
+        where = f"{datastore.name()}, series {image}"
+        try:
+            headers = _headers(datastore._client, image, all_series=image in beside)
+            slices[image] = slices_of_headers(where, image, headers)
+        except InputError as error:
+            rejected.append(error)
+        except (RequestException, IndexError, KeyError) as error:
+            rejected.append(InputError(where, "DICOM headers", "an answer of the PACS", error))
+    return slices, rejected
+
+
+def _headers(client: DICOMwebClient, image: str, all_series: bool) -> list[Dataset]:
+    found = client.search_for_series(search_filters={"SeriesInstanceUID": image})[0]
+    study_uid = str(Dataset.from_json(found).StudyInstanceUID)
+    series = [image]
+    if all_series:
+        others = client.search_for_series(study_uid, search_filters={"Modality": "CT"})
+        series += [str(Dataset.from_json(one).SeriesInstanceUID) for one in others]
+    return [
+        Dataset.from_json(header)
+        for uid in dict.fromkeys(series)
+        for header in client.retrieve_series_metadata(study_uid, uid)
+    ]

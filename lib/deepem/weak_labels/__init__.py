@@ -10,6 +10,7 @@ from deepem.weak_labels.slices import (
     direction_evidence,
     in_patient_space,
     read_slices,
+    slices_of_headers,
     z_lps_mm,
 )
 from deepem.weak_labels.table import read_weak_labels
@@ -30,5 +31,6 @@ __all__ = [
     "read_slices",
     "read_weak_labels",
     "render",
+    "slices_of_headers",
     "z_lps_mm",
 ]

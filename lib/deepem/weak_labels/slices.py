@@ -9,7 +9,7 @@ are resolved by DICOM headers where there are any, else by what was declared, el
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from pydicom.errors import InvalidDicomError
 from deepem.errors import InputError
 from deepem.geometry import Grid
 from deepem.nodule import Lobe, SliceConvention, WeakLabel
-from deepem.volume import Study, read_grid
+from deepem.volume import Study, grid_of_headers, read_grid
 
 _SAME_PLACE_MM = 0.01
 
@@ -52,9 +52,10 @@ More than this share means mixed directions or wrong lobes."""
 
 @dataclass(frozen=True)
 class DicomImage:
-    """One DICOM image of a study: its numbers, and the height of its centre in the patient."""
+    """One DICOM image of a study: its names, and the height of its centre in the patient."""
 
     series_uid: str
+    sop_instance_uid: str
     series_number: int | None
     instance_number: int | None
     frame_of_reference: str
@@ -105,6 +106,20 @@ def read_slices(study: Study) -> ScanSlices:
     return ScanSlices(str(study.path), study.series_uid, grid, images)
 
 
+def slices_of_headers(
+    where: str, series_uid: str, headers: Sequence[pydicom.Dataset]
+) -> ScanSlices:
+    """The same from headers that are no files, as a PACS tells them (DICOM JSON metadata).
+
+    headers: of all images of the series, and of others of the study that a record may name.
+    """
+    grid = grid_of_headers(
+        where, [header for header in headers if str(header.SeriesInstanceUID) == series_uid]
+    )
+    images = tuple(_image(header) for header in headers if _is_image(header))
+    return ScanSlices(where, series_uid, grid, images)
+
+
 def z_lps_mm(label: WeakLabel, scan: ScanSlices) -> float | None:
     """Height of the label's slice in the patient; None when the label has no slice.
 
@@ -112,6 +127,8 @@ def z_lps_mm(label: WeakLabel, scan: ScanSlices) -> float | None:
     InputError, with the label's source, for a number that is not in the scan and for a convention
     that this scan cannot answer.
     """
+    if label.sop_instance_uid is not None:
+        return _named_z_lps_mm(label, scan)
     number, convention = label.slice_number, label.slice_convention
     if number is None or convention is None:
         return label.z_lps_mm
@@ -158,10 +175,10 @@ def in_patient_space(
                     raise InputError(label.source, undecided.field, undecided.expected,
                                      undecided.got)  # fmt: skip
                 label = replace(label, slice_convention=convention)
-            if label.slice_number is not None:
+            if label.to_be_placed:
                 z = z_lps_mm(label, scans[label.series_uid])
                 label = replace(label, slice_number=None, slice_convention=None,
-                                series_number=None, z_lps_mm=z)  # fmt: skip
+                                series_number=None, sop_instance_uid=None, z_lps_mm=z)  # fmt: skip
             placed.append(label)
         except InputError as error:
             rejected.append(error)
@@ -285,9 +302,27 @@ def _instance_z_lps_mm(label: WeakLabel, number: int, scan: ScanSlices) -> float
     return heights[0]
 
 
+def _named_z_lps_mm(label: WeakLabel, scan: ScanSlices) -> float:
+    """Of the image that the label names by its UID, in the scan or beside it in the same frame."""
+    if not scan.images:
+        raise InputError(label.source, "sop_instance_uid",
+                         f"nothing for a scan without DICOM headers ({scan.where})",
+                         label.sop_instance_uid)  # fmt: skip
+    frames = {one.frame_of_reference for one in scan.images if one.series_uid == scan.series_uid}
+    for image in scan.images:
+        if image.sop_instance_uid == label.sop_instance_uid and image.frame_of_reference in frames:
+            if not image.axial:
+                raise InputError(label.source, "sop_instance_uid", "an axial image",
+                                 f"{image.sop_instance_uid}, coronal or sagittal")  # fmt: skip
+            return image.z_lps_mm
+    raise InputError(label.source, "sop_instance_uid", f"an image of the scan ({scan.where})",
+                     label.sop_instance_uid)  # fmt: skip
+
+
 _TAGS = [
-    "SeriesInstanceUID", "SeriesNumber", "InstanceNumber", "FrameOfReferenceUID", "Modality",
-    "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns",
+    "SeriesInstanceUID", "SOPInstanceUID", "SeriesNumber", "InstanceNumber", "FrameOfReferenceUID",
+    "Modality", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows",
+    "Columns",
 ]  # fmt: skip
 
 
@@ -299,9 +334,13 @@ def _read_images(study: Study) -> tuple[DicomImage, ...]:
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS)
         except InvalidDicomError:
             continue
-        if header.get("Modality") == "CT" and "ImagePositionPatient" in header:
+        if _is_image(header):
             images.append(_image(header))
     return tuple(images)
+
+
+def _is_image(header: pydicom.Dataset) -> bool:
+    return header.get("Modality") == "CT" and "ImagePositionPatient" in header
 
 
 def _image(header: pydicom.Dataset) -> DicomImage:
@@ -314,6 +353,7 @@ def _image(header: pydicom.Dataset) -> DicomImage:
     )
     return DicomImage(
         str(header.SeriesInstanceUID),
+        str(header.get("SOPInstanceUID", "")),
         _integer(header.get("SeriesNumber")),
         _integer(header.get("InstanceNumber")),
         str(header.get("FrameOfReferenceUID", "")),

@@ -47,6 +47,9 @@ def _record(row: Row) -> WeakLabel | CleanStatement:
         raise row.error("slice_number", f"a number in the convention {convention.value}")
     if number is not None and z_lps_mm is not None:
         raise row.error("z_lps_mm", f"nothing beside slice_number {number}")
+    sop_instance_uid = row.text("sop_instance_uid") or None
+    if sop_instance_uid and not (number is None and z_lps_mm is None):
+        raise row.error("sop_instance_uid", "nothing beside another slice")
     if number == 0 and convention is SliceConvention.ONE_AT_HEAD:
         raise row.error("slice_number", "a whole number from 1")
     if number is not None and convention is None:
@@ -65,4 +68,5 @@ def _record(row: Row) -> WeakLabel | CleanStatement:
         source,
         row.one_of("margin", _MARGINS),
         series_number,
+        sop_instance_uid,
     )

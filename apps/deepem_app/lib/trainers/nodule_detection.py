@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 
@@ -20,7 +21,7 @@ from deepem.em import EmConfig
 from deepem.errors import InputError
 from deepem.files import write_json
 from deepem.fit import Progress, TrainConfig
-from deepem.labelled import LabelledStudy, WeakStudy, weak_studies
+from deepem.labelled import LabelledStudy, WeakStudy, usable_labels, weak_studies
 from deepem.markups import read_label
 from deepem.training import TrainResult, train
 from deepem.volume import series_name
@@ -28,7 +29,7 @@ from deepem.weak_labels import Records
 from lib.conf import DEVICES, EM_METHODS, AppConf, number, one_of, whole
 from lib.records import read_records
 from lib.served import served
-from lib.studies import study
+from lib.studies import pacs_slices, study
 
 logger = logging.getLogger(__name__)
 
@@ -198,11 +199,19 @@ def labelled_studies(datastore: Datastore) -> list[LabelledStudy]:
 def recorded_studies(
     datastore: Datastore, records: Records
 ) -> tuple[list[WeakStudy], list[InputError]]:
-    """Every image that a record tells of, and what of the records cannot be used."""
+    """Every image that a record tells of, and what of the records cannot be used.
+
+    From a PACS only the images are fetched whose records its headers bear out.
+    """
     images = set(datastore.list_images())
+    wanted = [uid for uid in records.series if uid in images]
+    if isinstance(datastore, DICOMWebDatastore):
+        slices, rejected = pacs_slices(datastore, wanted, records)
+        usable, unusable = usable_labels(records, slices)
+        weak = [WeakStudy(study(datastore, uid), labels) for uid, labels in usable.items()]
+        return weak, [*rejected, *unusable]
     studies = {}
-    for uid in records.series:
-        if uid in images:
-            with suppress(InputError):  # a file that is gone; `weak_studies` says so
-                studies[uid] = study(datastore, uid)
+    for uid in wanted:
+        with suppress(InputError):  # a file that is gone; `weak_studies` says so
+            studies[uid] = study(datastore, uid)
     return weak_studies(records, studies)
