@@ -28,7 +28,8 @@ import deepem
 from deepem.errors import InputError
 from lib.conf import AppConf
 from lib.configs.nodule_detection import NoduleDetection
-from lib.datastore import DicomWebStore, LocalStore
+from lib.datastore.dicomweb import DicomWebStore
+from lib.datastore.local import LocalStore
 from lib.threads import InThreads
 
 MODELS = {"nodule_detection": NoduleDetection}
