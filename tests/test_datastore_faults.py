@@ -42,7 +42,7 @@ def wreck(tmp_path_factory) -> Wreck:
 def history(studies: Path, image: str) -> list[str]:
     """Every label of an image that is on disk, in the order of the saves."""
     final = studies / "labels" / "final"
-    files = [*sorted((final / "versions" / image).glob("*.json")), final / f"{image}.json"]
+    files = [*sorted((final / "versions" / image).glob("[0-9]*.json")), final / f"{image}.json"]
     return [file.read_text() for file in files if file.exists()]
 
 
