@@ -12,7 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
+import numpy as np
+import pydicom
 import pytest
+import requests
 import torch
 from fastapi import HTTPException
 from monailabel.config import settings
@@ -23,19 +26,22 @@ import deepem
 from deepem.em import EmConfig
 from deepem.errors import InputError
 from deepem.fit import Progress, TrainConfig
-from deepem.geometry import RAS_TO_LPS
+from deepem.geometry import RAS_TO_LPS, Grid
 from deepem.markups import read_markups, write_markups
+from deepem.masks import nodule_mask
 from deepem.model import ModelCard, fingerprint, publish
 from deepem.network import PRESETS, NoduleNet
-from deepem.nodule import Lobe, Nodule, SliceConvention, WeakLabel
+from deepem.nodule import Lobe, Nodule, Proposal, SliceConvention, WeakLabel
 from deepem.phantom import make_phantom
 from deepem.phantom.write import write_dicom_series
 from deepem.tables import write_weak_labels
 from deepem.training import TrainResult
+from deepem.volume import read_image, read_volume
 from deepem.weak_labels import Records
 
 APP = Path(__file__).parent.parent / "apps" / "deepem_app"
-MODEL = "nodule_detection"
+MODEL, MASK = "nodule_detection", "nodule_mask"
+AS_OHIF = {"result_extension": ".nrrd", "result_dtype": "uint8", "result_compress": False}
 
 
 def publish_random_weights(path: Path, seed: int = 0) -> str:
@@ -100,13 +106,17 @@ def load(app_dir, studies, monkeypatch):
 def test_info_is_what_slicer_accepts(load):
     info = load().info()
     assert not info.get("config")  # Slicer refuses a server that has one
-    assert info["labels"] == {"nodule": 1}
-    assert next(iter(info["models"])) == MODEL
+    assert info["labels"] == ["nodule"]  # a list, as OHIF needs; Slicer only goes through it
+    assert list(info["models"]) == [MODEL, MASK]  # Slicer preselects the first
     model = info["models"][MODEL]
     assert (model["type"], model["labels"], model["dimension"]) == ("detection", {"nodule": 1}, 3)
+    mask = info["models"][MASK]
+    assert (mask["type"], mask["labels"]["nodule"], mask["dimension"]) == ("segmentation", 1, 3)
+    assert sorted(mask["labels"].values()) == [1, 2, 3, 4]
+    assert list(info["trainers"]) == [MODEL]  # OHIF starts all there are
     assert set(info["strategies"]) == {"random", "first"}
     assert info["datastore"]["total"] == 1  # the table beside the scan is no scan
-    for task in (model, info["trainers"][MODEL]):
+    for task in (model, mask, info["trainers"][MODEL]):
         for value in task["config"].values():
             choices = value if isinstance(value, list) else []
             assert isinstance(value, (int, float, list))
@@ -184,6 +194,107 @@ def test_findings_are_the_same_in_the_markups_and_in_the_answer(load, app_dir, t
         pytest.approx(nodule["diameter_mm"]) for nodule in found
     ]
     os.unlink(result["file"])
+
+
+@pytest.fixture
+def truthful(load, app_dir, monkeypatch):
+    """The app with a detector that finds exactly what is there; set its ``findings``."""
+    publish_random_weights(app_dir / "model" / f"{MODEL}.pt")
+    app = load()
+    app.findings = []
+    monkeypatch.setattr(
+        deepem.detector.Detector,
+        "propose",
+        lambda self, scan: app.findings,
+    )
+    return app
+
+
+def read_mask(result) -> tuple[np.ndarray, Grid]:
+    """The voxels of the file that came back, and their grid; the file is removed."""
+    voxels, affine = read_image(Path(result["file"]))
+    os.unlink(result["file"])
+    return voxels, Grid(affine, voxels.shape)
+
+
+def test_the_mask_shows_the_findings_on_the_voxels_of_the_ct(load, app_dir, ct, monkeypatch):
+    publish_random_weights(app_dir / "model" / f"{MODEL}.pt")
+    app = load(score_threshold="0.55")
+    module, looks = sys.modules["lib.served"], []
+    prepare = module.prepare
+    monkeypatch.setattr(module, "prepare", lambda volume: looks.append(1) or prepare(volume))
+    boxes = app.infer({"model": MODEL, "image": "patient1"})
+    os.unlink(boxes["file"])
+    result = app.infer({"model": MASK, "image": "patient1", **AS_OHIF})
+    header = Path(result["file"]).read_bytes()[:600]
+    assert header.startswith(b"NRRD") and b"encoding: raw" in header and b"unsigned char" in header
+    mask, grid = read_mask(result)
+    volume = read_volume(ct)
+    assert mask.shape == volume.hu.shape and mask.dtype == np.uint8
+    np.testing.assert_allclose(grid.affine_lps_mm, volume.grid.affine_lps_mm, atol=1e-6)
+    found = result["params"]["nodules"]
+    assert found == boxes["params"]["nodules"] and len(looks) == 1  # looked at once
+    assert result["params"]["label_names"] == {"nodule": 1}
+    for nodule in found:
+        at = np.rint(grid.to_index(np.array(nodule["center_lps_mm"]))).astype(int)
+        if ((at >= 0) & (at < mask.shape)).all():
+            assert mask[tuple(at)] == 1
+    nodules = [Nodule(tuple(one["center_lps_mm"]), one["diameter_mm"]) for one in found]
+    np.testing.assert_array_equal(mask, nodule_mask(nodules, volume.grid))
+
+
+def test_a_changed_scan_is_looked_at_again(truthful, studies):
+    app = truthful
+    first = app.infer({"model": MASK, "image": "patient1"})
+    image = nib.load(studies / "patient1.nii")
+    half = image.slicer[:, :, : image.shape[2] // 2]
+    nib.save(nib.Nifti1Image(np.array(half.dataobj), half.affine), studies / "patient1.nii")
+    second = app.infer({"model": MASK, "image": "patient1"})
+    assert read_mask(first)[1].shape[2] == 2 * read_mask(second)[1].shape[2]
+
+
+def test_confidence_bands_on_request(truthful, ct):
+    grid = read_volume(ct).grid
+    low, high = grid.extent_lps_mm()
+    truthful.findings = [
+        Proposal(Nodule(tuple(low + share * (high - low)), 9), logit)
+        for share, logit in ((0.3, 4.0), (0.6, 0.1))  # p 0.98 and 0.52
+    ]
+    request = {"model": MASK, "image": "patient1", "confidence_bands": True}
+    result = truthful.infer(request)
+    assert result["file"].endswith(".nii.gz")
+    names = result["params"]["label_names"]
+    assert names == {"nodule p>=0.9": 2, "nodule p<0.7": 4}  # only what is there, for Slicer
+    assert names.items() <= truthful.info()["models"][MASK]["labels"].items()  # for OHIF
+    mask, grid = read_mask(result)
+    assert set(np.unique(mask)) == {0, 2, 4}
+    at = np.rint(grid.to_index(np.array(truthful.findings[1].nodule.center_lps_mm))).astype(int)
+    assert mask[tuple(at)] == 4
+
+
+def test_a_mask_of_nothing_is_a_mask(truthful):
+    result = truthful.infer({"model": MASK, "image": "patient1", **AS_OHIF})
+    assert not read_mask(result)[0].any()
+    assert result["params"]["label_names"] == {"nodule": 1}
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"result_extension": ".png"}, r"result_extension: expected one of .nii.gz, .*, got .png"),
+        ({"confidence_bands": "many"}, "confidence_bands: expected true or false, got many"),
+        ({"store_sr": True}, "store_sr: expected true only for a scan of a PACS"),
+    ],
+)
+def test_a_mask_that_cannot_be_is_refused(truthful, settings_, message):
+    with pytest.raises(HTTPException, match=message) as caught:
+        truthful.infer({"model": MASK, "image": "patient1", **settings_})
+    assert caught.value.status_code == 422
+
+
+def test_models_keep_their_order_and_only_one_has_a_trainer(load):
+    assert list(load(models=f"{MASK}, {MODEL}").info()["models"]) == [MODEL, MASK]
+    assert load(models=MASK).info()["trainers"] == {}
 
 
 def test_above_the_threshold_nothing_is_found_and_the_file_is_still_markups(load, app_dir):
@@ -555,35 +666,106 @@ def test_records_can_lie_elsewhere(lesson, studies, tmp_path):
         assert (label.lobe, label.z_lps_mm) == (Lobe.LLL, -60)
 
 
-def test_records_of_a_dicom_server_find_their_slice_by_the_headers(load, tmp_path):
+class Pacs:
+    """A DICOMweb client of a PACS with one series, whose files are fetched already."""
+
+    base_url = "http://127.0.0.1/dicom-web"
+
+    def __init__(self, uid: str):
+        self.uid = str(uid)
+        self.stored: list[pydicom.Dataset] = []
+        self.answer: pydicom.Dataset | Exception = pydicom.Dataset()
+
+    def search_for_series(self, search_filters):
+        series = {"0020000E": self.uid, "0020000D": "1.2.3", "00100020": "somebody"}
+        return [{
+            tag: {"vr": "LO" if tag == "00100020" else "UI", "Value": [value]}
+            for tag, value in series.items()
+        }]  # fmt: skip
+
+    def store_instances(self, datasets):
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        self.stored += datasets
+        return self.answer
+
+
+@pytest.fixture
+def pacs(tmp_path):
+    """A phantom in a DICOMweb datastore with its client; the InstanceNumbers run from the head."""
+    phantom = make_phantom(5, nodule_count=1)
+    client = Pacs(phantom.series_uid)
+    datastore = DICOMWebDatastore(client, {"Modality": "CT"}, cache_path=str(tmp_path / "cache"))
+    write_dicom_series(phantom, Path(datastore._datastore_path) / phantom.series_uid)
+    yield phantom, datastore, client
+    datastore._observer.stop()
+    datastore._observer.join()
+
+
+def test_the_mask_of_a_pacs_series_lies_on_the_voxels_that_its_viewer_shows(truthful, pacs):
+    """In the order of the NIfTI file that MONAI Label makes: viewers take voxels as they come."""
+    phantom, datastore, client = pacs
+    truthful.findings = [Proposal(item.nodule, 2.0) for item in phantom.nodules]
+    result = truthful.infer({"model": MASK, "image": client.uid, **AS_OHIF}, datastore)
+    mask, _ = read_mask(result)
+    converted = nib.load(datastore.get_image_uri(client.uid))
+    np.testing.assert_array_equal(np.asanyarray(converted.dataobj), phantom.hu)
+    np.testing.assert_array_equal(
+        mask, nodule_mask([item.nodule for item in phantom.nodules], phantom.grid)
+    )
+    assert client.stored == []
+
+
+def test_a_report_is_stored_on_request_and_stays_one_object(truthful, pacs):
+    phantom, datastore, client = pacs
+    truthful.findings = [Proposal(item.nodule, 2.0) for item in phantom.nodules]
+    for model in (MODEL, MASK):
+        request = {"model": model, "image": client.uid, "store_sr": "true"}
+        result = truthful.infer(request, datastore)
+        os.unlink(result["file"])
+    first, second = client.stored
+    assert first.Modality == "SR" and first.SOPInstanceUID == second.SOPInstanceUID
+    assert result["params"]["sr"]["SOPInstanceUID"] == first.SOPInstanceUID
+    file = pydicom.dcmread(next((Path(datastore._datastore_path) / client.uid).iterdir()))
+    assert (first.PatientID, first.StudyInstanceUID) == (file.PatientID, file.StudyInstanceUID)
+    diameter, certainty = (item.value for item in first.iterall() if item.keyword == "NumericValue")
+    assert diameter == pytest.approx(phantom.nodules[0].nodule.diameter_mm, abs=1e-4)
+    assert certainty == pytest.approx(88.0797, abs=1e-3)
+
+
+def test_a_pacs_that_does_not_take_the_report_is_named(truthful, pacs):
+    _, datastore, client = pacs
+    request = {"model": MASK, "image": client.uid, "store_sr": True}
+    client.answer = requests.ConnectionError("nobody there")
+    with pytest.raises(HTTPException, match="the report was not stored: nobody there") as caught:
+        truthful.infer(request, datastore)
+    assert caught.value.status_code == 503
+    client.answer = pydicom.Dataset()
+    client.answer.FailedSOPSequence = [pydicom.Dataset()]
+    client.answer.FailedSOPSequence[0].FailureReason = 0x0122
+    with pytest.raises(HTTPException, match="the PACS refused the report: failure reason 290"):
+        truthful.infer(request, datastore)
+
+
+def test_a_pacs_series_with_a_missing_slice_is_refused_with_the_reason(truthful, pacs):
+    _, datastore, client = pacs
+    sorted((Path(datastore._datastore_path) / client.uid).iterdir())[20].unlink()
+    with pytest.raises(HTTPException, match="missing or repeated slices") as caught:
+        truthful.infer({"model": MASK, "image": client.uid}, datastore)
+    assert caught.value.status_code == 422
+
+
+def test_records_of_a_dicom_server_find_their_slice_by_the_headers(load, pacs, tmp_path):
     """A report names an image; the file that MONAI Label converts no longer says which it was."""
     load()
     trainer = sys.modules["lib.trainers.nodule_detection"]
-    phantom = make_phantom(5, nodule_count=1)
-    uid = phantom.series_uid
-
-    class Client:
-        base_url = "http://127.0.0.1/dicom-web"
-
-        def search_for_series(self, search_filters):
-            series = {"0020000E": uid, "0020000D": "1.2.3", "00100020": "somebody"}
-            return [{
-                tag: {"vr": "LO" if tag == "00100020" else "UI", "Value": [value]}
-                for tag, value in series.items()
-            }]  # fmt: skip
-
-    datastore = DICOMWebDatastore(Client(), {"Modality": "CT"}, cache_path=str(tmp_path))
-    try:
-        write_dicom_series(phantom, Path(datastore._datastore_path) / uid)  # as if fetched
-        label = replace(phantom.weak_labels[0], slice_convention=SliceConvention.DICOM_INSTANCE)
-        write_weak_labels(tmp_path / "weak_labels.csv", [label])
-        records = sys.modules["lib.records"].read_records(str(tmp_path))
-        (weak,), rejected = trainer.recorded_studies(datastore, records)
-    finally:
-        datastore._observer.stop()
-        datastore._observer.join()
+    phantom, datastore, client = pacs
+    label = replace(phantom.weak_labels[0], slice_convention=SliceConvention.DICOM_INSTANCE)
+    write_weak_labels(tmp_path / "weak_labels.csv", [label])
+    records = sys.modules["lib.records"].read_records(str(tmp_path))
+    (weak,), rejected = trainer.recorded_studies(datastore, records)
     assert rejected == []
-    assert (weak.study.series_uid, weak.study.patient_id) == (uid, "somebody")
+    assert (weak.study.series_uid, weak.study.patient_id) == (client.uid, "somebody")
     z_mm = phantom.nodules[0].nodule.center_lps_mm[2]
     assert weak.labels[0].z_lps_mm == pytest.approx(z_mm, abs=phantom.grid.spacing_mm[2])
 

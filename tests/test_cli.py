@@ -7,7 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from highdicom.sr import srread
 from test_volume import write_nifti
 
 from deepem.cli import main
@@ -77,6 +79,30 @@ def test_detect_and_evaluate_go_on_past_bad_scans_and_name_them(phantoms, tmp_pa
         content
     )
     assert plot.stat().st_size > 1000
+
+
+def test_detect_reports_dicom_series_as_sr_and_says_that_files_have_none(
+    phantoms, tmp_path, capsys
+):
+    dicom, found, reports = tmp_path / "dicom", tmp_path / "found.csv", tmp_path / "sr"
+    assert main(["phantom", "--out", str(dicom), "--count", "1", "--seed", "8", "--dicom"]) == 0
+    (uid,) = (row[0] for row in rows(dicom / "series.csv")[1:])
+    file = sorted(phantoms.glob("*.nii.gz"))[0]
+    arguments = ["detect", "--model", str(SHIPPED), "--out", str(found), "--sr", str(reports)]
+    arguments += ["--sr-score", "0.1", str(dicom / uid), str(file)]
+    assert main(arguments) == 1
+    assert f"not used: {file}: --sr: expected a DICOM series" in capsys.readouterr().err
+    assert [path.name for path in reports.iterdir()] == [f"{uid}.dcm"]
+    table = [[float(value) for value in row[1:]] for row in rows(found)[1:] if row[0] == uid]
+    sure = [row for row in table if row[3] >= 0.1]
+    assert 0 < len(sure) < len(table)
+    groups = srread(str(reports / f"{uid}.dcm")).content.get_volumetric_roi_measurement_groups()
+    for group, (x, y, z, probability, diameter) in zip(groups, sure, strict=True):
+        surface = np.reshape(group.roi.graphic_data, (6, 3))
+        assert surface.mean(0) == pytest.approx([x, y, z], abs=1e-3)
+        values = [measurement.value for measurement in group.get_measurements()]
+        assert values == pytest.approx([diameter, 100 * probability], abs=1e-3)
+    assert file.name.removesuffix(".nii.gz") in {row[0] for row in rows(found)}  # still detected
 
 
 def test_train_on_records_alone_starts_from_a_model_and_leaves_a_report(tmp_path, capsys):

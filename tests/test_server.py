@@ -153,8 +153,8 @@ def assert_found(file: str, params: dict, truth: Nodule, within_mm: float = 1.0)
 
 def test_the_server_tells_what_it_offers(server):
     info = server.client.info()
-    assert info["labels"] == {"nodule": 1}
-    assert list(info["models"]) == [MODEL]
+    assert info["labels"] == ["nodule"]
+    assert list(info["models"]) == [MODEL, "nodule_mask"]
     assert info["models"][MODEL]["type"] == "detection"
     assert list(info["trainers"]) == [MODEL]
     assert not info.get("config")

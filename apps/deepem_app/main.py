@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dicomweb_client import DICOMwebClient
 from dicomweb_client.ext.gcp.session_utils import create_session_from_gcp_credentials
 from dicomweb_client.session_utils import create_session_from_user_pass
 from fastapi import HTTPException
 from monailabel.config import settings
-from monailabel.datastore.dicom import DICOMwebClientX
+from monailabel.datastore.dicom import DICOMwebClientX, DICOMWebDatastore
 from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.config import TaskConfig
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
 from monailabel.interfaces.tasks.infer_v2 import InferTask
@@ -26,13 +28,18 @@ from monailabel.utils.others.generic import md5_digest
 
 import deepem
 from deepem.errors import InputError
-from lib.conf import AppConf
+from lib.conf import AppConf, boolean
 from lib.configs.nodule_detection import NoduleDetection
+from lib.configs.nodule_mask import NoduleMask
 from lib.datastore.dicomweb import DicomWebStore
 from lib.datastore.local import LocalStore
+from lib.reports import store_report
+from lib.served import ServedDetector
+from lib.studies import study
 from lib.threads import InThreads
 
-MODELS = {"nodule_detection": NoduleDetection}
+MODELS = {"nodule_detection": NoduleDetection, "nodule_mask": NoduleMask}
+"""In the order in which clients list them; Slicer preselects the first."""
 
 
 class DeepEMApp(MONAILabelApp):
@@ -41,11 +48,17 @@ class DeepEMApp(MONAILabelApp):
     def __init__(self, app_dir: str, studies: str, conf: Mapping[str, str]):
         conf = dict(conf)
         self._settings = AppConf.parse(conf)
-        self._models = {}
+        model_dir = Path(app_dir) / "model"
+        published = model_dir / "nodule_detection.pt"
+        shipped = model_dir / "pretrained_nodule_detection.pt"
+        paths = [shipped, published] if self._settings.use_pretrained_model else [published]
+        self._detector = ServedDetector(paths, self._settings)
+        self._models: dict[str, TaskConfig] = {}
         for name in _chosen(self._settings.models):
             self._models[name] = MODELS[name]()
-            model_dir = str(Path(app_dir) / "model")
-            self._models[name].init(name, model_dir, conf, planner=None, studies=studies)
+            self._models[name].init(
+                name, str(model_dir), conf, None, studies=studies, detector=self._detector
+            )
         super().__init__(
             app_dir=app_dir,
             studies=studies,
@@ -53,7 +66,7 @@ class DeepEMApp(MONAILabelApp):
             name=f"DeepEM ({deepem.__version__})",
             description="Pulmonary nodule detection in chest CT",
             version=deepem.__version__,
-            labels=next(iter(self._models.values())).labels,
+            labels=["nodule"],  # a list: OHIF appends the labels of the models to it
         )
         self._auto_update_scoring = False  # else every next sample starts a process to score
 
@@ -97,14 +110,15 @@ class DeepEMApp(MONAILabelApp):
         )
 
     def init_infers(self) -> dict[str, InferTask]:
-        """One task per model; Slicer preselects the first."""
+        """One task per model."""
         return {name: model.infer() for name, model in self._models.items()}
 
     def init_trainers(self) -> dict[str, TrainTask]:
-        """One trainer per model; Slicer's progress bar follows the first."""
+        """Of the models that have one. OHIF's *Update Model* starts all of them."""
         if self._settings.skip_trainers:
             return {}
-        return {name: model.trainer() for name, model in self._models.items()}
+        trainers = {name: model.trainer() for name, model in self._models.items()}
+        return {name: trainer for name, trainer in trainers.items() if trainer}
 
     def init_strategies(self) -> dict[str, Strategy]:
         """Both offer only scans without a final label."""
@@ -145,13 +159,20 @@ class DeepEMApp(MONAILabelApp):
         datastore = datastore or self.datastore()
         image = request["image"]
         known = image in datastore.list_images()
-        path = datastore.get_image_uri(image) if known else image
-        if not (known or self._was_uploaded(image)) or not os.path.exists(path):
+        if not (known or self._was_uploaded(image)):
             raise HTTPException(
                 404, f"image: expected the id of a scan on this server, got {image!r}"
             )
         with _http_errors():
-            result = super().infer({**request, "image": path}, datastore)
+            pacs = _pacs(datastore, known) if boolean(request, "store_sr", False) else None
+            path = study(datastore, image).path if known else Path(image)
+            result = super().infer({**request, "image": str(path)}, datastore)
+            if pacs:
+                task = self._infers[request["model"]]
+                found = self._detector.find(path)
+                result["params"]["sr"] = store_report(
+                    pacs, path, task.chosen(request, found), found
+                )
         if known and request.get("save_label"):
             tag = request.get("label_tag", DefaultLabelTag.ORIGINAL)
             info = {"model": request["model"], "params": result["params"]}
@@ -170,13 +191,20 @@ class DeepEMApp(MONAILabelApp):
         return of_session or (with_request and path.name.startswith(tempfile.gettempprefix()))
 
 
+def _pacs(datastore: Datastore, known: bool) -> DICOMwebClient:
+    """The client of the PACS that the scan came from; InputError if it did not come from one."""
+    if not (known and isinstance(datastore, DICOMWebDatastore)):
+        raise InputError("settings", "store_sr", "true only for a scan of a PACS", "true")
+    return datastore._client
+
+
 def _chosen(models: str) -> list[str]:
     """Names of ``--conf models``: ``all``, or some of `MODELS` with commas between."""
     names = list(MODELS) if models == "all" else [name.strip() for name in models.split(",")]
     unknown = [name for name in names if name not in MODELS]
     if unknown:
         raise InputError("--conf", "models", f"all, or some of {list(MODELS)}", ", ".join(unknown))
-    return names
+    return [name for name in MODELS if name in names]
 
 
 @contextmanager

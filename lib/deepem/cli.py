@@ -135,6 +135,10 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--out", type=Path, required=True, metavar="CSV")
     one.add_argument("--pictures", type=Path, metavar="DIR",
                      help="also draw the findings of every scan")  # fmt: skip
+    one.add_argument("--sr", type=Path, metavar="DIR",
+                     help="also write a DICOM SR for every DICOM series")  # fmt: skip
+    one.add_argument("--sr-score", type=float, default=0.5, metavar="P",
+                     help="findings with at least this score go into the report")  # fmt: skip
 
     one = command("evaluate", _evaluate, "FROC and CPM by the rules of LUNA16.")
     one.add_argument("--annotations", type=Path, required=True, metavar="CSV")
@@ -305,11 +309,15 @@ def _em(options: argparse.Namespace) -> EmConfig | None:
 
 def _detect(options: argparse.Namespace) -> int:
     from deepem.detector import Detector
+    from deepem.dicom import measurement_report, read_source, write_dicom
     from deepem.figures import slice_with_boxes
     from deepem.nodule import Proposal
+    from deepem.scan import prepare
     from deepem.tables import write_predictions
     from deepem.volume import Study, find_studies, read_volume
 
+    if not 0 <= options.sr_score <= 1:
+        raise ValueError(f"--sr-score: expected a number in 0..1, got {options.sr_score}")
     detector = Detector.load(options.model, options.device)
     bad: list[str] = []
     studies: dict[str, Study] = {}
@@ -333,11 +341,21 @@ def _detect(options: argparse.Namespace) -> int:
         task = bar.add_task("scans", total=len(studies))
         for uid, study in studies.items():
             try:
-                volume = read_volume(study.path, uid if study.path.is_dir() else None)
-                predictions[uid] = detector.detect(volume)
+                dicom = study.path.is_dir()
+                volume = read_volume(study.path, uid if dicom else None)
+                scan = prepare(volume)
+                predictions[uid] = detector.propose(scan)
                 if options.pictures:
                     slice_with_boxes(volume.hu, volume.grid, predictions[uid], [],
                                      options.pictures / f"{uid}.png", title=uid)  # fmt: skip
+                if options.sr and not dicom:
+                    raise InputError(study.path, "--sr", "a DICOM series to report on", "a file")
+                if options.sr:
+                    sure = [one for one in predictions[uid] if one.probability >= options.sr_score]
+                    report = measurement_report(
+                        sure, read_source(study.path, uid), scan.lungs, detector.card
+                    )
+                    write_dicom(report, options.sr / f"{uid}.dcm")
             except InputError as error:
                 bad.append(str(error))
             bar.advance(task)

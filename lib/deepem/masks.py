@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+import nibabel as nib
 import numpy as np
+import SimpleITK as sitk
 
-from deepem.geometry import Grid
+from deepem.files import atomic_path
+from deepem.geometry import RAS_TO_LPS, Grid
 from deepem.nodule import Nodule, Proposal
 
 BANDS = {"nodule p>=0.9": (2, 0.9), "nodule p>=0.7": (3, 0.7), "nodule p<0.7": (4, 0.0)}
@@ -58,3 +62,22 @@ def nodule_mask(
         offset_mm[(offset_mm > -half_mm) & (offset_mm <= half_mm)] = 0
         mask[box][np.linalg.norm(offset_mm, axis=-1) <= radius_mm] = value
     return mask
+
+
+def write_mask(path: Path | str, mask: np.ndarray, grid: Grid, compress: bool = True) -> None:
+    """Write a mask (I, J, K) as NIfTI or NRRD, voxel for voxel as it is.
+
+    compress: of NRRD; whether NIfTI is, its name says.
+    """
+    with atomic_path(path) as aside:
+        if aside.name.endswith((".nii", ".nii.gz")):
+            # SimpleITK cannot write the sheared grid of a tilted gantry.
+            image = nib.Nifti1Image(mask, RAS_TO_LPS @ grid.affine_lps_mm)
+            image.header.set_xyzt_units("mm")
+            nib.save(image, aside)
+        else:
+            volume = sitk.GetImageFromArray(mask.transpose(2, 1, 0))
+            volume.SetSpacing(grid.spacing_mm.tolist())
+            volume.SetOrigin(grid.affine_lps_mm[:3, 3].tolist())
+            volume.SetDirection((grid.affine_lps_mm[:3, :3] / grid.spacing_mm).ravel().tolist())
+            sitk.WriteImage(volume, str(aside), useCompression=compress)

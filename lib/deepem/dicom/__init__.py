@@ -2,5 +2,6 @@
 
 from deepem.dicom.seg import nodule_seg
 from deepem.dicom.source import Source, read_source, write_dicom
+from deepem.dicom.sr import measurement_report
 
-__all__ = ["Source", "nodule_seg", "read_source", "write_dicom"]
+__all__ = ["Source", "measurement_report", "nodule_seg", "read_source", "write_dicom"]

@@ -1,4 +1,4 @@
-"""The coded terms that SEG and SR share: SNOMED CT, DICOM, UCUM."""
+"""The coded terms that SEG and SR share: SNOMED CT, DICOM, LOINC, UCUM."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from deepem.nodule import Lobe
 
 ARTIFICIAL_INTELLIGENCE = Code("123110", "DCM", "Artificial Intelligence")
 ABNORMAL_STRUCTURE = Code("49755003", "SCT", "Morphologically Abnormal Structure")
+CERTAINTY = Code("111012", "DCM", "Certainty of Finding")
+CT_CHEST = Code("24627-2", "LN", "CT Chest")
+DEVICE = Code("121007", "DCM", "Device")
+DIAMETER = Code("81827009", "SCT", "Diameter")
+MEASUREMENT_REPORT = Code("126000", "DCM", "Imaging Measurement Report")
+MILLIMETER = Code("mm", "UCUM", "millimeter")
+PERCENT = Code("%", "UCUM", "Percent")
 NODULE = Code("27925004", "SCT", "Nodule")
 LUNG = Code("39607008", "SCT", "Lung")
 

@@ -141,10 +141,7 @@ class DicomWebStore(LocalStore, DICOMWebDatastore):
         known = image_id in self._datastore.objects or image_id in self._pacs.listing().series
         if not known:
             return ""
-        folder = self._image_folder.absolute() / image_id
-        if not folder.is_dir():
-            series = self._pacs.listing().series.get(image_id)
-            self._fetch(str(series.StudyInstanceUID) if series else None, image_id, folder)
+        folder = self._fetched_scan(image_id)
         if not self._convert_to_nifti:
             return str(folder)
         file = folder.with_name(f"{image_id}.nii.gz")
@@ -155,6 +152,14 @@ class DicomWebStore(LocalStore, DICOMWebDatastore):
     def get_label_uri(self, label_id: str, label_tag: str, image_id: str = "") -> str:
         """The label as a file; empty if there is none here."""
         return LocalDatastore.get_label_uri(self, label_id, label_tag)  # not that of the PACS
+
+    def _fetched_scan(self, image_id: str) -> Path:
+        """The folder with the DICOM files of a known scan."""
+        folder = self._image_folder.absolute() / image_id
+        if not folder.is_dir():
+            series = self._pacs.listing().series.get(image_id)
+            self._fetch(str(series.StudyInstanceUID) if series else None, image_id, folder)
+        return folder
 
     def _fetched_seg(self, seg: Seg) -> str:
         """The SEG as a labelmap; only its own region, whose place is right."""
@@ -239,9 +244,7 @@ class DicomWebStore(LocalStore, DICOMWebDatastore):
             nodules = read_label(Path(self.get_label_uri(image_id, _FINAL)))
             outcome = {"seg": "none", "seg_error": ""}
             if nodules:
-                self.get_image_uri(image_id)
-                source = read_source(self._image_folder / image_id)
-                seg = nodule_seg(nodules, source)
+                seg = nodule_seg(nodules, read_source(self._fetched_scan(image_id)))
                 reply = self._client.store_instances([seg])
                 if reply.get("FailedSOPSequence"):
                     raise OSError(f"the PACS refused it: {reply.FailedSOPSequence[0]}")
