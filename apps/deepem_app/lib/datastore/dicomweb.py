@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dicomweb_client import DICOMwebClient
+from dicomweb_client.ext.gcp.session_utils import create_session_from_gcp_credentials
+from dicomweb_client.session_utils import create_session_from_user_pass
 from fastapi import HTTPException
-from monailabel.datastore.dicom import DICOMWebDatastore
+from monailabel.config import settings
+from monailabel.datastore.dicom import DICOMwebClientX, DICOMWebDatastore
 from monailabel.datastore.local import (
     DataModel,
     ImageLabelModel,
@@ -24,6 +27,7 @@ from monailabel.datastore.local import (
 from monailabel.datastore.utils.convert import binary_to_image, dicom_to_nifti
 from monailabel.datastore.utils.dicom import dicom_web_download_series
 from monailabel.interfaces.datastore import DefaultLabelTag
+from monailabel.utils.others.generic import md5_digest
 from requests import RequestException
 
 from deepem.dicom import nodule_seg, read_source
@@ -265,6 +269,37 @@ class DicomWebStore(LocalStore, DICOMWebDatastore):
                     update={"labels": labels}
                 )
         return outcome["seg"] != "waiting"
+
+
+def open_pacs(address: str) -> DicomWebStore:
+    """As MONAI Label's settings say, in the folder where its own datastore would be.
+
+    Nothing is downloaded for it: MONAI Label fetches a program to write SEGs, which fails offline.
+    """
+    user = settings.MONAI_LABEL_DICOMWEB_USERNAME
+    password = settings.MONAI_LABEL_DICOMWEB_PASSWORD
+    session = None
+    if "googleapis.com" in address:
+        session = create_session_from_gcp_credentials()
+    elif user and password:
+        session = create_session_from_user_pass(user, password)
+    client = DICOMwebClientX(
+        url=address,
+        session=session,
+        qido_url_prefix=settings.MONAI_LABEL_QIDO_PREFIX,
+        wado_url_prefix=settings.MONAI_LABEL_WADO_PREFIX,
+        stow_url_prefix=settings.MONAI_LABEL_STOW_PREFIX,
+    )
+    cache = settings.MONAI_LABEL_DICOMWEB_CACHE_PATH.strip()
+    root = Path(cache) if cache else Path.home() / ".cache" / "monailabel" / "dicom"
+    return DicomWebStore(
+        client,
+        root / md5_digest(client.base_url),
+        settings.MONAI_LABEL_DICOMWEB_SEARCH_FILTER,
+        fetch_by_frame=settings.MONAI_LABEL_DICOMWEB_FETCH_BY_FRAME,
+        convert_to_nifti=settings.MONAI_LABEL_DICOMWEB_CONVERT_TO_NIFTI,
+        read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
+    )
 
 
 def _move(made: str, file: Path) -> None:
