@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dicomweb_client import DICOMwebClient
-from dicomweb_client.ext.gcp.session_utils import create_session_from_gcp_credentials
-from dicomweb_client.session_utils import create_session_from_user_pass
 from fastapi import HTTPException
 from monailabel.config import settings
-from monailabel.datastore.dicom import DICOMwebClientX, DICOMWebDatastore
+from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.config import TaskConfig
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
@@ -24,14 +22,14 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
-from monailabel.utils.others.generic import md5_digest
 
 import deepem
 from deepem.errors import InputError
 from lib.conf import AppConf, boolean
 from lib.configs.nodule_detection import NoduleDetection
 from lib.configs.nodule_mask import NoduleMask
-from lib.datastore import DicomWebStore, LocalStore
+from lib.datastore.dicomweb import open_pacs
+from lib.datastore.local import LocalStore
 from lib.reports import store_report
 from lib.served import ServedDetector
 from lib.studies import study
@@ -80,33 +78,7 @@ class DeepEMApp(MONAILabelApp):
         )
 
     def _init_dicomweb_datastore(self) -> Datastore:
-        """As MONAI Label sets it up, without its download of programs that nothing here needs."""
-        user, password = (
-            settings.MONAI_LABEL_DICOMWEB_USERNAME,
-            settings.MONAI_LABEL_DICOMWEB_PASSWORD,
-        )
-        session = None
-        if "googleapis.com" in self.studies:
-            session = create_session_from_gcp_credentials()
-        elif user and password:
-            session = create_session_from_user_pass(user, password)
-        client = DICOMwebClientX(
-            url=self.studies,
-            session=session,
-            qido_url_prefix=settings.MONAI_LABEL_QIDO_PREFIX,
-            wado_url_prefix=settings.MONAI_LABEL_WADO_PREFIX,
-            stow_url_prefix=settings.MONAI_LABEL_STOW_PREFIX,
-        )
-        cache = settings.MONAI_LABEL_DICOMWEB_CACHE_PATH.strip()
-        root = Path(cache) if cache else Path.home() / ".cache" / "monailabel" / "dicom"
-        return DicomWebStore(
-            client,
-            root / md5_digest(client.base_url),
-            settings.MONAI_LABEL_DICOMWEB_SEARCH_FILTER,
-            fetch_by_frame=settings.MONAI_LABEL_DICOMWEB_FETCH_BY_FRAME,
-            convert_to_nifti=settings.MONAI_LABEL_DICOMWEB_CONVERT_TO_NIFTI,
-            read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
-        )
+        return open_pacs(self.studies)
 
     def init_infers(self) -> dict[str, InferTask]:
         """One task per model."""

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dicomweb_client import DICOMwebClient
+from dicomweb_client.ext.gcp.session_utils import create_session_from_gcp_credentials
+from dicomweb_client.session_utils import create_session_from_user_pass
 from fastapi import HTTPException
-from monailabel.datastore.dicom import DICOMWebDatastore
+from monailabel.config import settings
+from monailabel.datastore.dicom import DICOMwebClientX, DICOMWebDatastore
 from monailabel.datastore.local import (
     DataModel,
     ImageLabelModel,
@@ -24,6 +27,7 @@ from monailabel.datastore.local import (
 from monailabel.datastore.utils.convert import binary_to_image, dicom_to_nifti
 from monailabel.datastore.utils.dicom import dicom_web_download_series
 from monailabel.interfaces.datastore import DefaultLabelTag
+from monailabel.utils.others.generic import md5_digest
 from requests import RequestException
 
 from deepem.dicom import nodule_seg, read_source
@@ -141,10 +145,7 @@ class DicomWebStore(LocalStore, DICOMWebDatastore):
         known = image_id in self._datastore.objects or image_id in self._pacs.listing().series
         if not known:
             return ""
-        folder = self._image_folder.absolute() / image_id
-        if not folder.is_dir():
-            series = self._pacs.listing().series.get(image_id)
-            self._fetch(str(series.StudyInstanceUID) if series else None, image_id, folder)
+        folder = self._fetched_scan(image_id)
         if not self._convert_to_nifti:
             return str(folder)
         file = folder.with_name(f"{image_id}.nii.gz")
@@ -155,6 +156,14 @@ class DicomWebStore(LocalStore, DICOMWebDatastore):
     def get_label_uri(self, label_id: str, label_tag: str, image_id: str = "") -> str:
         """The label as a file; empty if there is none here."""
         return LocalDatastore.get_label_uri(self, label_id, label_tag)  # not that of the PACS
+
+    def _fetched_scan(self, image_id: str) -> Path:
+        """The folder with the DICOM files of a known scan."""
+        folder = self._image_folder.absolute() / image_id
+        if not folder.is_dir():
+            series = self._pacs.listing().series.get(image_id)
+            self._fetch(str(series.StudyInstanceUID) if series else None, image_id, folder)
+        return folder
 
     def _fetched_seg(self, seg: Seg) -> str:
         """The SEG as a labelmap; only its own region, whose place is right."""
@@ -239,9 +248,7 @@ class DicomWebStore(LocalStore, DICOMWebDatastore):
             nodules = read_label(Path(self.get_label_uri(image_id, _FINAL)))
             outcome = {"seg": "none", "seg_error": ""}
             if nodules:
-                self.get_image_uri(image_id)
-                source = read_source(self._image_folder / image_id)
-                seg = nodule_seg(nodules, source)
+                seg = nodule_seg(nodules, read_source(self._fetched_scan(image_id)))
                 reply = self._client.store_instances([seg])
                 if reply.get("FailedSOPSequence"):
                     raise OSError(f"the PACS refused it: {reply.FailedSOPSequence[0]}")
@@ -262,6 +269,37 @@ class DicomWebStore(LocalStore, DICOMWebDatastore):
                     update={"labels": labels}
                 )
         return outcome["seg"] != "waiting"
+
+
+def open_pacs(address: str) -> DicomWebStore:
+    """As MONAI Label's settings say, in the folder where its own datastore would be.
+
+    Nothing is downloaded for it: MONAI Label fetches a program to write SEGs, which fails offline.
+    """
+    user = settings.MONAI_LABEL_DICOMWEB_USERNAME
+    password = settings.MONAI_LABEL_DICOMWEB_PASSWORD
+    session = None
+    if "googleapis.com" in address:
+        session = create_session_from_gcp_credentials()
+    elif user and password:
+        session = create_session_from_user_pass(user, password)
+    client = DICOMwebClientX(
+        url=address,
+        session=session,
+        qido_url_prefix=settings.MONAI_LABEL_QIDO_PREFIX,
+        wado_url_prefix=settings.MONAI_LABEL_WADO_PREFIX,
+        stow_url_prefix=settings.MONAI_LABEL_STOW_PREFIX,
+    )
+    cache = settings.MONAI_LABEL_DICOMWEB_CACHE_PATH.strip()
+    root = Path(cache) if cache else Path.home() / ".cache" / "monailabel" / "dicom"
+    return DicomWebStore(
+        client,
+        root / md5_digest(client.base_url),
+        settings.MONAI_LABEL_DICOMWEB_SEARCH_FILTER,
+        fetch_by_frame=settings.MONAI_LABEL_DICOMWEB_FETCH_BY_FRAME,
+        convert_to_nifti=settings.MONAI_LABEL_DICOMWEB_CONVERT_TO_NIFTI,
+        read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
+    )
 
 
 def _move(made: str, file: Path) -> None:

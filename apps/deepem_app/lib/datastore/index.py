@@ -28,7 +28,7 @@ class Index:
 
     def __init__(self, file: Path, lock: Path, empty: LocalDatastoreModel):
         self._file = file
-        self._lock = FileLock(lock)  # the system gives it back when its holder is killed
+        self._lock = FileLock(lock, poll_interval=0.01)  # given back when its holder is killed
         self._latest: tuple[_Stamp, LocalDatastoreModel] = (None, empty)
 
     def read(self) -> LocalDatastoreModel:
