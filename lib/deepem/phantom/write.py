@@ -36,6 +36,7 @@ def write_phantoms(
     size: str = "mini",
     dicom: bool = False,
     on_scan: Callable[[Phantom], None] | None = None,
+    nodule_count: int | None = None,
 ) -> None:
     """Write ``count`` phantoms to the folder ``out``; a second run gives the same bytes.
 
@@ -43,7 +44,7 @@ def write_phantoms(
     `lobes/<series UID>.nii.gz`; for all of them `annotations.csv`, `series.csv` (clean scans have
     no row in the annotations), `weak_labels.csv` and `truth.json`, which are written last. Every
     second DICOM series has its InstanceNumbers from the feet, as some scanners do.
-    ``on_scan`` is called after each scan.
+    ``on_scan`` is called after each scan. nodule_count: in every scan, by default drawn.
     """
     if count < 1:
         raise ValueError(f"count: expected 1 or more, got {count}")
@@ -53,7 +54,7 @@ def write_phantoms(
     truth: list[dict] = []
     for number in range(count):
         own_seed = scan_seed(seed, number)
-        phantom = make_phantom(own_seed, size)
+        phantom = make_phantom(own_seed, size, nodule_count)
         if dicom:
             write_dicom_series(phantom, out / phantom.series_uid, from_feet=number % 2 == 1)
         else:
