@@ -14,15 +14,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import highdicom as hd
 import numpy as np
 import pydicom
 import pytest
 import requests
 from monailabel.client import MONAILabelClient
 from scipy import ndimage
-from serving import copy_app, free_port, serving
+from serving import MODEL, copy_app, ended, free_port, serving, stats, wait_for
+from test_server import TRAIN_S, slicer_label
 
 from deepem.geometry import Grid
+from deepem.markups import read_markups
 from deepem.nodule import Nodule
 from deepem.phantom import Phantom, make_phantom, write_dicom_series
 
@@ -203,3 +206,111 @@ def test_ohif_draws_the_findings_on_the_nodules(page, site, scan):
         diameter_mm = 2 * (3 / (4 * np.pi) * here.sum() * phantom.grid.spacing_mm.prod()) ** (1 / 3)
         assert diameter_mm == pytest.approx(nodule.diameter_mm, rel=0.25)
     show(page, max(nodules, key=lambda nodule: nodule.diameter_mm))
+
+
+def test_next_sample_in_ohif_opens_a_scan_without_a_label(page, site, tmp_path):
+    for scan in ("head_first", "one_nodule", "clean"):
+        submit(site, scan, tmp_path)
+    open_scan(page, site, "head_first")
+    page.locator(".tab-label", has_text="Active Learning").click()
+    page.get_by_role("button", name="Next Sample").click()
+    form = page.locator(".nextSampleForm")
+    form.get_by_text(site.uid("feet_first")).wait_for()
+    page.on("dialog", lambda dialog: dialog.accept())  # "will reload current page"
+    form.get_by_role("button", name="OK").click()
+    study = study_uid(site, "feet_first")
+    page.wait_for_url(f"**/monai-label?StudyInstanceUIDs={study}")
+    page.wait_for_function(
+        "window.cornerstone?.cache.getVolumes().some(volume => volume.loadStatus?.loaded)"
+    )
+
+
+# --- a client of 3D Slicer's kind
+
+
+def submit(site: Site, scan: str, folder: Path) -> dict:
+    """The true nodules as boxes; returns the server's answer."""
+    file = slicer_label(folder, *site.nodules(scan))
+    return site.client.save_label(site.uid(scan), str(file), params={"label_info": []})
+
+
+def study_uid(site: Site, scan: str) -> str:
+    files = [one for one in site.objects("CT") if one.SeriesInstanceUID == site.uid(scan)]
+    return files[0].StudyInstanceUID
+
+
+@pytest.mark.parametrize("scan", ["head_first", "feet_first"])
+def test_boxes_are_kept_and_the_pacs_has_them_as_a_seg(site, tmp_path, scan):
+    answer = submit(site, scan, tmp_path)
+    assert answer["seg"] == "pushed", answer
+    (kept,) = site.cache.rglob(f"labels/final/{site.uid(scan)}.json")
+    for there, nodule in zip(read_markups(kept), site.nodules(scan), strict=True):
+        assert there.center_lps_mm == pytest.approx(nodule.center_lps_mm)
+        assert there.diameter_mm == pytest.approx(nodule.diameter_mm)
+    sent = [one for one in site.objects("SEG")
+            if one.ReferencedSeriesSequence[0].SeriesInstanceUID == site.uid(scan)]  # fmt: skip
+    seg = max(sent, key=lambda one: (one.ContentDate, one.ContentTime))
+    drawn_mm = drawn_lps_mm(seg)
+    apart_mm = np.stack([
+        np.linalg.norm(drawn_mm - nodule.center_lps_mm, axis=1) - nodule.diameter_mm / 2
+        for nodule in site.nodules(scan)
+    ])  # fmt: skip
+    assert (apart_mm.min(0) < 0.9).all()  # half a diagonal of a voxel
+    for nodule, surface_mm in zip(site.nodules(scan), apart_mm, strict=True):
+        volume_mm3 = np.pi / 6 * nodule.diameter_mm**3
+        assert (surface_mm < 0.9).sum() == pytest.approx(volume_mm3, rel=0.25)  # voxels of 1 mm³
+    assert seg.PatientID == f"phantom-{site.uid(scan)[-12:]}"
+
+
+def drawn_lps_mm(seg: pydicom.Dataset) -> np.ndarray:
+    """Where the drawn voxels of a SEG lie, from its own frames alone, (n, 3)."""
+    shared = seg.SharedFunctionalGroupsSequence[0]
+    axes = np.reshape(shared.PlaneOrientationSequence[0].ImageOrientationPatient, (2, 3))
+    down_mm, right_mm = map(float, shared.PixelMeasuresSequence[0].PixelSpacing)
+    points = []
+    frames = seg.pixel_array.reshape(-1, seg.Rows, seg.Columns)
+    for frame, groups in zip(frames, seg.PerFrameFunctionalGroupsSequence, strict=True):
+        corner = np.array(groups.PlanePositionSequence[0].ImagePositionPatient, float)
+        rows, columns = np.nonzero(frame)
+        points.append(
+            corner + columns[:, None] * right_mm * axes[0] + rows[:, None] * down_mm * axes[1]
+        )
+    return np.concatenate(points)
+
+
+def test_a_scan_without_nodules_is_submitted_and_not_offered_again(site, tmp_path):
+    assert submit(site, "clean", tmp_path)["seg"] == "none"
+    (kept,) = site.cache.rglob(f"labels/final/{site.uid('clean')}.json")
+    assert read_markups(kept) == ()
+    for strategy in ("first", "random", "random", "random"):
+        assert site.client.next_sample(strategy, {}).get("id") != site.uid("clean")
+
+
+def test_the_report_in_the_pacs_has_the_numbers_of_the_answer(site):
+    file, params = site.client.infer(MODEL, site.uid("feet_first"), {"store_sr": True})
+    assert len(read_markups(Path(file))) == len(params["nodules"]) == 3
+    (stored,) = (one for one in site.objects("SR")
+                 if one.SOPInstanceUID == params["sr"]["SOPInstanceUID"])  # fmt: skip
+    report = hd.sr.Comprehensive3DSR.from_dataset(stored)
+    groups = report.content.get_volumetric_roi_measurement_groups()
+    for group, nodule in zip(groups, params["nodules"], strict=True):
+        center = np.reshape(group.roi.graphic_data, (6, 3)).mean(0)
+        np.testing.assert_allclose(center, nodule["center_lps_mm"], atol=1e-3)
+        diameter, certainty = (item.value for item in group.get_measurements())
+        assert diameter == pytest.approx(nodule["diameter_mm"], abs=1e-3)
+        assert certainty == pytest.approx(100 * nodule["probability"], abs=1e-3)
+    for nodule in site.nodules("feet_first"):
+        centers = [found["center_lps_mm"] for found in params["nodules"]]
+        assert np.linalg.norm(np.subtract(centers, nodule.center_lps_mm), axis=1).min() < 1.5
+
+
+def test_a_training_learns_from_what_was_submitted(site, tmp_path):
+    client = site.client
+    for scan in SCANS:
+        submit(site, scan, tmp_path)
+    assert client.info()["datastore"]["completed"] == len(SCANS)
+    assert client.next_sample("first", {}) == {}
+    client.train_start(MODEL, {"method": "none", "steps": 4, "seed": 1, "device": "cpu"})
+    status = wait_for(lambda: ended(client), TRAIN_S, "the end of the training")
+    assert status["status"] == "DONE", "\n".join(status["details"])
+    assert "published: CPM" in stats(client)["message"]
