@@ -89,17 +89,19 @@ def find_studies(path: Path, on_bad: Callable[[InputError], None] | None = None)
     ]
     folders = [path, *sorted(d for d in path.iterdir() if d.is_dir() and _may_hold_images(d))]
     for folder in folders:
-        try:
-            studies += [
-                Study(uid, folder, headers[0].patient_id)
-                for uid, headers in sorted(_ct_series(folder).items())
-            ]
-        except InputError as error:
-            if folder is path:  # a plain folder of files is not a broken DICOM folder
-                continue
+        content = _content(folder)
+        bad = list(content.broken.values())
+        # A plain folder of image files is not a DICOM folder without a CT.
+        if not (content.series or bad) and (content.others or folder is not path):
+            bad.append(content.none(folder))
+        for error in bad:
             if on_bad is None:
-                raise
+                raise error
             on_bad(error)
+        studies += [
+            Study(uid, folder, slices[0].patient_id)
+            for uid, slices in sorted(content.series.items())
+        ]
     return studies
 
 
@@ -304,28 +306,54 @@ _HEADER_TAGS = [
 ]  # fmt: skip
 
 
-def _ct_series(folder: Path) -> dict[str, list[_Slice]]:
-    """CT series UID -> slices, of the DICOM files in a folder. Other modalities are logged."""
+@dataclass(frozen=True)
+class _Content:
+    """DICOM in a folder: slices of the CT series by UID, what is wrong with others, the rest.
+
+    broken: by series UID, or by the name of a file that does not even tell that.
+    others: series that are no CT, with their modality.
+    """
+
+    series: dict[str, list[_Slice]]
+    broken: dict[str, InputError]
+    others: list[str]
+    files: int
+
+    def none(self, folder: Path) -> InputError:
+        """The error that there is no CT at all."""
+        got = f"other modalities: {', '.join(self.others)}" if self.others else "none"
+        return InputError(folder, "DICOM series", f"a CT among its {self.files} files", got)
+
+
+def _content(folder: Path) -> _Content:
+    """Look at all headers; one broken file breaks its series, not the others beside it."""
     series: dict[str, list[_Slice]] = defaultdict(list)
+    broken: dict[str, InputError] = {}
     others: set[str] = set()
     files = [file for file in sorted(folder.iterdir()) if file.is_file()]
     for file in files:
+        uid = file.name
         try:
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_HEADER_TAGS)
-            if "SeriesInstanceUID" not in header:
+            if file.name == "DICOMDIR":
                 continue
+            if not header.get("SeriesInstanceUID"):
+                raise InputError(file, "SeriesInstanceUID", "a UID", "none")
+            uid = str(header.SeriesInstanceUID)
             if header.get("Modality") != "CT":
-                others.add(f"{header.SeriesInstanceUID} ({header.get('Modality')})")
+                others.add(f"{uid} ({header.get('Modality')})")
                 continue
-            series[str(header.SeriesInstanceUID)].append(_slice(header, file))
+            series[uid].append(_slice(header, file))
         except InvalidDicomError:
             continue
+        except InputError as error:
+            broken.setdefault(uid, error)
+        except Exception as error:  # whatever rubbish does to the parser
+            broken.setdefault(uid, InputError(file, "file", "readable DICOM", _first_line(error)))
     for other in sorted(others):
         logger.info("%s: skipped series %s: not a CT", folder, other)
-    if not series:
-        got = f"other modalities: {', '.join(sorted(others))}" if others else "none"
-        raise InputError(folder, "DICOM series", f"a CT among its {len(files)} files", got)
-    return dict(series)
+    whole = {uid: slices for uid, slices in series.items() if uid not in broken}
+    return _Content(whole, broken, sorted(others), len(files))
 
 
 def _slice(header: pydicom.Dataset, path: Path) -> _Slice:
@@ -349,7 +377,12 @@ def _slice(header: pydicom.Dataset, path: Path) -> _Slice:
 
 def _chosen(folder: Path, series_uid: str | None) -> tuple[str, list[_Slice]]:
     """The series ``series_uid`` of a folder, or its only one."""
-    series = _ct_series(folder)
+    content = _content(folder)
+    series, broken = content.series, content.broken
+    if series_uid in broken or (broken and not series):
+        raise broken[series_uid] if series_uid in broken else next(iter(broken.values()))
+    if not series:
+        raise content.none(folder)
     if series_uid is None and len(series) > 1:
         listing = "; ".join(
             f"{uid} ({len(slices)} files)" for uid, slices in sorted(series.items())
@@ -388,13 +421,17 @@ def _stacked(folder: Path, slices: list[_Slice]) -> tuple[list[_Slice], np.ndarr
     order = np.argsort(along, kind="stable")
     slices, along = [slices[at] for at in order], along[order]
     gaps_mm = np.diff(along)
+    repeated = np.count_nonzero(gaps_mm < 0.01)
+    if repeated:
+        got = f"{repeated} of {len(slices)} at that of another (4D, or two scans)"
+        raise InputError(folder, "slice positions", "one image at each", got)
     step_mm = float(np.median(gaps_mm))
     odd = np.flatnonzero(np.abs(gaps_mm - step_mm) > max(0.1 * step_mm, 0.05))
     if odd.size:
         at = int(odd[0])
         raise InputError(folder, "slice positions", f"a slice every {step_mm:.3f} mm",
                          f"{gaps_mm[at]:.3f} mm after {slices[at].path.name}, and {odd.size - 1} "
-                         "more such gaps (missing or repeated slices)")  # fmt: skip
+                         "more such gaps (missing slices)")  # fmt: skip
     start, end = (np.array(slices[at].position_lps_mm) for at in (0, -1))
     affine = np.eye(4)
     affine[:3, 0] = row * first.spacing_mm[1]  # PixelSpacing is (between rows, between columns)
