@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import highdicom as hd
@@ -301,6 +302,7 @@ def test_the_app_starts_without_a_pacs_that_answers(modules, tmp_path, monkeypat
 
     monkeypatch.setattr(settings, "MONAI_LABEL_DICOMWEB_CACHE_PATH", str(tmp_path))
     clear_cache()
+    started = time.monotonic()
     try:
         app = app_instance(str(APP), "http://127.0.0.1:9/dicom-web/", {})
         assert app.info()["datastore"]["total"] == 0
@@ -308,5 +310,6 @@ def test_the_app_starts_without_a_pacs_that_answers(modules, tmp_path, monkeypat
         with pytest.raises(HTTPException) as error:
             app.infer({"model": "nodule_detection", "image": "1.2.3"})
         assert error.value.status_code == 404
+        assert time.monotonic() - started < 20  # the client would try for half a minute
     finally:
         clear_cache()

@@ -14,7 +14,7 @@ from typing import Any
 
 from dicomweb_client import DICOMwebClient
 from dicomweb_client.ext.gcp.session_utils import create_session_from_gcp_credentials
-from dicomweb_client.session_utils import create_session_from_user_pass
+from dicomweb_client.session_utils import create_session, create_session_from_user_pass
 from fastapi import HTTPException
 from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMwebClientX, DICOMWebDatastore
@@ -35,7 +35,7 @@ from deepem.errors import InputError
 from deepem.files import atomic_path
 from deepem.markups import read_label
 from lib.datastore.local import LocalStore
-from lib.datastore.pacs import Pacs, Seg
+from lib.datastore.pacs import Impatient, Pacs, Seg
 
 logger = logging.getLogger(__name__)
 
@@ -278,11 +278,14 @@ def open_pacs(address: str) -> DicomWebStore:
     """
     user = settings.MONAI_LABEL_DICOMWEB_USERNAME
     password = settings.MONAI_LABEL_DICOMWEB_PASSWORD
-    session = None
     if "googleapis.com" in address:
         session = create_session_from_gcp_credentials()
     elif user and password:
         session = create_session_from_user_pass(user, password)
+    else:
+        session = create_session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, Impatient())
     client = DICOMwebClientX(
         url=address,
         session=session,
@@ -290,6 +293,7 @@ def open_pacs(address: str) -> DicomWebStore:
         wado_url_prefix=settings.MONAI_LABEL_WADO_PREFIX,
         stow_url_prefix=settings.MONAI_LABEL_STOW_PREFIX,
     )
+    client.set_http_retry_params(retry=False)  # else half a minute while someone waits
     cache = settings.MONAI_LABEL_DICOMWEB_CACHE_PATH.strip()
     root = Path(cache) if cache else Path.home() / ".cache" / "monailabel" / "dicom"
     return DicomWebStore(

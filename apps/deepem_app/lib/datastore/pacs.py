@@ -12,11 +12,15 @@ from typing import Any
 from dicomweb_client import DICOMwebClient
 from pydicom import Dataset
 from requests import RequestException
+from requests.adapters import HTTPAdapter
 
 logger = logging.getLogger(__name__)
 
 FRESH_S = 30.0
 """So long a list of series is taken for granted: new ones appear within it."""
+
+TIMEOUT_S = (5.0, 60.0)
+"""For the connection, and between two pieces of an answer."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,15 @@ class Listing:
 
     series: Mapping[str, Dataset] = field(default_factory=dict)
     segs: Mapping[str, Seg] = field(default_factory=dict)
+
+
+class Impatient(HTTPAdapter):
+    """Gives up on a PACS that takes no connection, or says nothing any more."""
+
+    def send(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """Send with `TIMEOUT_S` unless the caller has one."""
+        kwargs["timeout"] = kwargs.get("timeout") or TIMEOUT_S
+        return super().send(request, *args, **kwargs)
 
 
 class Pacs:
