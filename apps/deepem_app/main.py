@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
 from monailabel.interfaces.tasks.infer_v2 import InferTask
+from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
-from monailabel.tasks.activelearning.first import First
-from monailabel.tasks.activelearning.random import Random
+from monailabel.utils.async_tasks.task import AsyncTask
 
 import deepem
 from deepem.errors import InputError
 from lib.conf import AppConf
 from lib.configs.nodule_detection import NoduleDetection
+from lib.scoring import Keeper
 
 MODELS = {"nodule_detection": NoduleDetection}
 IMAGES = ["*.nii.gz", "*.nii", "*.nrrd", "*.mha"]
@@ -50,7 +52,7 @@ class DeepEMApp(MONAILabelApp):
             version=deepem.__version__,
             labels=next(iter(self._models.values())).labels,
         )
-        self._auto_update_scoring = False  # else every next sample starts a process to score
+        self._auto_update_scoring = False  # it starts a process for every next sample; see Keeper
 
     def init_datastore(self) -> Datastore:
         """A datastore of the volume formats that the library reads."""
@@ -68,8 +70,16 @@ class DeepEMApp(MONAILabelApp):
         return {name: model.trainer() for name, model in self._models.items()}
 
     def init_strategies(self) -> dict[str, Strategy]:
-        """Both offer only scans without a final label."""
-        return {} if self._settings.skip_strategies else {"random": Random(), "first": First()}
+        """Those of the first model; all offer only scans without a final label."""
+        if self._settings.skip_strategies:
+            return {}
+        return next(iter(self._models.values())).strategy()
+
+    def init_scoring_methods(self) -> dict[str, ScoringMethod]:
+        """One per model."""
+        if self._settings.skip_scoring:
+            return {}
+        return {name: model.scoring_method() for name, model in self._models.items()}
 
     def on_init_complete(self) -> None:
         """Called in the server only: the processes that it starts must not write its datastore.
@@ -79,6 +89,8 @@ class DeepEMApp(MONAILabelApp):
         """
         os.environ["MONAI_LABEL_DATASTORE_READ_ONLY"] = "true"
         super().on_init_complete()
+        for name, scoring in self._scoring_methods.items():
+            Keeper(scoring, self.datastore(), partial(_start_scoring, name)).watch()
 
     def infer(
         self, request: Mapping[str, Any], datastore: Datastore | None = None
@@ -114,6 +126,12 @@ class DeepEMApp(MONAILabelApp):
         )
         with_request = path.parent == Path(tempfile.gettempdir()).resolve()
         return of_session or (with_request and path.name.startswith(tempfile.gettempprefix()))
+
+
+def _start_scoring(method: str) -> bool:
+    """In a process of its own; False if one is running."""
+    task, _ = AsyncTask.run("scoring", request={"method": method})
+    return task is not None
 
 
 def _chosen(models: str) -> list[str]:
