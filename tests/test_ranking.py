@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import logit as logit_of
-from test_app import APP, publish_random_weights
+from serving import APP
 
 from deepem.cli import main
 from deepem.detector import Detector
 from deepem.em import e_step
 from deepem.errors import InputError
 from deepem.labelled import WeakStudy
+from deepem.model import load_model
 from deepem.network import PRESETS
 from deepem.nodule import Lobe, Nodule, SliceConvention, WeakLabel
 from deepem.ranking import scoring
@@ -282,10 +283,8 @@ def test_the_reason_is_a_sentence_that_a_person_can_check():
 
 
 @pytest.fixture(scope="module")
-def detector(tmp_path_factory) -> Detector:
-    path = tmp_path_factory.mktemp("model") / "model.pt"
-    publish_random_weights(path)
-    return Detector.load(path, "cpu")
+def detector() -> Detector:
+    return Detector.load(SHIPPED, "cpu")
 
 
 @pytest.fixture
@@ -304,8 +303,9 @@ def test_a_mirrored_scan_has_the_same_things_in_the_same_places(scan):
     np.testing.assert_allclose(scan.mean_hu(center, size), other.mean_hu(center, size))
 
 
-def test_what_is_found_in_the_mirror_image_lies_where_it_is_in_the_patient(scan, easy_studies):
-    detector = Detector.load(SHIPPED, "cpu")
+def test_what_is_found_in_the_mirror_image_lies_where_it_is_in_the_patient(
+    detector, scan, easy_studies
+):
     for proposals in (detector.propose(scan), detector.propose(mirrored(scan))):
         centers = [one.nodule.center_lps_mm for one in proposals]
         for nodule in easy_studies[0].nodules:
@@ -363,9 +363,8 @@ class CountingDetector(Detector):
 
 
 @pytest.fixture
-def counting(tmp_path) -> CountingDetector:
-    publish_random_weights(tmp_path / "model.pt")
-    return CountingDetector.load(tmp_path / "model.pt", "cpu")
+def counting() -> CountingDetector:
+    return CountingDetector.load(SHIPPED, "cpu")
 
 
 def test_a_scan_is_looked_at_once_until_it_or_its_records_change(counting, easy_studies, tmp_path):
@@ -475,14 +474,14 @@ def test_rank_on_the_command_line(easy_studies, tmp_path, capsys):
     for item in easy_studies[:4]:
         shutil.copy(item.study.path, folder)
     (folder / "broken.nii.gz").write_bytes(b"no image")
-    fingerprint = publish_random_weights(tmp_path / "model.pt")
+    fingerprint = load_model(SHIPPED)[1].weights_fingerprint
     write_annotations(tmp_path / "labelled.csv", {"easy3": [Nodule((0, 0, 0), 8)]})
     (tmp_path / "weak_labels.csv").write_text(
         "seriesuid,lobe,slice_number,slice_convention,z_lps_mm,diameter_mm,attenuation,source\n"
         "easy1,RUL,22,zero_at_feet,,,,\n"
         "nobody,RUL,22,zero_at_feet,,,,\n"
     )
-    command = ["rank", "--model", str(tmp_path / "model.pt"), "--studies", str(folder)]
+    command = ["rank", "--model", str(SHIPPED), "--studies", str(folder)]
     command += ["--annotations", str(tmp_path / "labelled.csv"), "--out", str(tmp_path / "out.csv")]
     command += ["--weak-labels", str(tmp_path / "weak_labels.csv"), "--strategy", "em_entropy"]
     assert main(command) == 1
@@ -502,13 +501,12 @@ def test_rank_on_the_command_line(easy_studies, tmp_path, capsys):
 
 
 def test_rank_says_what_is_wrong(easy_studies, tmp_path, capsys):
-    publish_random_weights(tmp_path / "model.pt")
     command = ["rank", "--out", str(tmp_path / "out.csv"), "--model"]
     studies = ["--studies", str(easy_studies[0].study.path)]
     assert main([*command, str(tmp_path / "none.pt"), *studies]) == 2
     assert "none.pt: model: expected a published model" in capsys.readouterr().err
     (tmp_path / "all.csv").write_text("seriesuid\neasy0\n")
-    model = str(tmp_path / "model.pt")
+    model = str(SHIPPED)
     assert main([*command, model, *studies, "--series", str(tmp_path / "all.csv")]) == 2
     assert "scans: expected at least one that is not labelled" in capsys.readouterr().err
     with pytest.raises(SystemExit):
