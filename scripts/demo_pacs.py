@@ -43,6 +43,8 @@ def main(arguments: list[str]) -> NoReturn:
     check_installed()
     check_port("127.0.0.1", options.port, "--port")
     check_port("127.0.0.1", options.pacs_port, "--pacs-port")
+    if options.port == options.pacs_port:
+        raise SetupError(f"--pacs-port {options.pacs_port}: the server is to listen there (--port)")
     for folder in options.dicom:
         if not folder.is_dir():
             raise SetupError(f"--dicom {folder}: no such folder")
@@ -78,7 +80,7 @@ def fill(pacs: Orthanc, folder: Path) -> None:
     """Send all DICOM files in a folder to the PACS, and say how many."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and _is_dicom(file)]
     refused = store(pacs, files)
-    print(f"{len(files) - len(refused)} images sent to the PACS from {folder}", flush=True)
+    print(f"Images sent to the PACS from {folder}: {len(files) - len(refused)}", flush=True)
     for file, reason in refused.items():
         print(f"  not taken: {file}: {reason}", flush=True)
 

@@ -297,7 +297,8 @@ def test_a_mask_that_cannot_be_is_refused(truthful, settings_, message):
 
 def test_models_keep_their_order_and_only_one_has_a_trainer(load):
     assert list(load(models=f"{MASK}, {MODEL}").info()["models"]) == [MODEL, MASK]
-    assert load(models=MASK).info()["trainers"] == {}
+    info = load(models=MASK).info()
+    assert info["trainers"] == info["strategies"] == info["scoring"] == {}
 
 
 def test_above_the_threshold_nothing_is_found_and_the_file_is_still_markups(load, app_dir):

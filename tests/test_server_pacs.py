@@ -26,8 +26,11 @@ from test_server import TRAIN_S, slicer_label
 
 from deepem.geometry import Grid
 from deepem.markups import read_markups
+from deepem.model import load_model
 from deepem.nodule import Nodule
 from deepem.phantom import Phantom, make_phantom, write_dicom_series
+from deepem.ranking.strategies import DEFAULT
+from deepem.ranking.table import read_ranking
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
@@ -40,6 +43,7 @@ SCANS = {"head_first": 20, "feet_first": 22, "one_nodule": 31, "clean": 30}
 CHROMIUM = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update",
             "--disable-sync")  # fmt: skip
+LOADED = "window.cornerstone?.cache.getVolumes().some(volume => volume.loadStatus?.loaded)"
 PATIENCE_MS = 120_000
 
 pytestmark = pytest.mark.slow
@@ -54,6 +58,7 @@ class Site:
     url: str
     phantoms: dict[str, Phantom]
     cache: Path
+    models: Path
     log: Path
 
     def nodules(self, scan: str) -> list[Nodule]:
@@ -84,8 +89,10 @@ def site(tmp_path_factory) -> Iterator[Site]:
             write_dicom_series(phantom, root / scan, from_feet=scan == "feet_first")
             assert store(pacs, (root / scan).iterdir()) == {}
         variables = {"MONAI_LABEL_DICOMWEB_CACHE_PATH": str(cache)}
-        with serving(copy_app(root / "app"), pacs.dicomweb, root, variables) as running:
-            yield Site(pacs, running.client, running.url, phantoms, cache, running.log)
+        app = copy_app(root / "app")
+        with serving(app, pacs.dicomweb, root, variables) as running:
+            models = app / "model"
+            yield Site(pacs, running.client, running.url, phantoms, cache, models, running.log)
 
 
 @pytest.fixture(autouse=True)
@@ -130,9 +137,7 @@ def open_scan(page, site: Site, scan: str) -> None:
     patient = f"phantom-{site.uid(scan)[-12:]}"
     page.locator("span.truncate", has_text=patient).click()
     page.get_by_role("button", name="MONAI Label").click()
-    page.wait_for_function(
-        "window.cornerstone?.cache.getVolumes().some(volume => volume.loadStatus?.loaded)"
-    )
+    page.wait_for_function(LOADED)
     page.locator("#monailabelServerURL").fill(site.url)
     page.locator(".settingsTable button").click()
     page.get_by_text("Connected to MONAI Label - Successful").wait_for()
@@ -208,21 +213,24 @@ def test_ohif_draws_the_findings_on_the_nodules(page, site, scan):
     show(page, max(nodules, key=lambda nodule: nodule.diameter_mm))
 
 
-def test_next_sample_in_ohif_opens_a_scan_without_a_label(page, site, tmp_path):
-    for scan in ("head_first", "one_nodule", "clean"):
-        submit(site, scan, tmp_path)
-    open_scan(page, site, "head_first")
+def test_next_sample_in_ohif_opens_the_scan_that_ranks_first(page, site):
+    shipped = load_model(site.models / f"pretrained_{MODEL}.pt")[1].weights_fingerprint
+    wait_for(
+        lambda: site.client.info()["scoring"][MODEL].get("model") == shipped, TRAIN_S, "the ranking"
+    )
+    ranking = read_ranking(site.models / MODEL / "ranking" / f"{DEFAULT}.csv")
+    assert {place.series_uid for place in ranking} == {site.uid(scan) for scan in SCANS}
+    (first,) = (scan for scan in SCANS if site.uid(scan) == ranking[0].series_uid)
+    other = next(scan for scan in SCANS if scan != first)
+    open_scan(page, site, other)
     page.locator(".tab-label", has_text="Active Learning").click()
     page.get_by_role("button", name="Next Sample").click()
     form = page.locator(".nextSampleForm")
-    form.get_by_text(site.uid("feet_first")).wait_for()
+    form.get_by_text(site.uid(first)).wait_for()
     page.on("dialog", lambda dialog: dialog.accept())  # "will reload current page"
     form.get_by_role("button", name="OK").click()
-    study = study_uid(site, "feet_first")
-    page.wait_for_url(f"**/monai-label?StudyInstanceUIDs={study}")
-    page.wait_for_function(
-        "window.cornerstone?.cache.getVolumes().some(volume => volume.loadStatus?.loaded)"
-    )
+    page.wait_for_url(f"**/monai-label?StudyInstanceUIDs={study_uid(site, first)}")
+    page.wait_for_function(LOADED)
 
 
 # --- a client of 3D Slicer's kind
