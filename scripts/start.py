@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from environment import ROOT, SetupError, ready_python, run_command, variables
 
@@ -27,6 +27,8 @@ DEMO = ROOT / "demo"
 APP = ROOT / "apps" / "deepem_app"
 _PATIENCE_S = 180  # until the first answer, on a slow disk
 _FAREWELL_S = 15  # to finish the request at hand
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Opens addresses on this computer, whatever proxy leads out of it."""
 
 NEXT_STEPS = """
 The server is ready: {url}
@@ -44,9 +46,9 @@ Ctrl-C stops the server. Research software: not a medical device, not for clinic
 
 def main(arguments: list[str]) -> NoReturn:
     """Serve until Ctrl-C. SetupError if there is no server or it ends by itself."""
-    own, passed_on = _split(arguments)
+    own, passed_on = split(arguments)
     options = _parser().parse_args(own)
-    check_port(options.host, options.port)
+    check_port(options.host, options.port, "--port")
     check_studies(options.studies)
     python = ready_python()
     studies = options.studies or make_demo(python)
@@ -61,8 +63,8 @@ def main(arguments: list[str]) -> NoReturn:
     raise SetupError(f"the server stopped by itself with code {code}: see above")
 
 
-def check_port(host: str, port: int) -> None:
-    """SetupError if the server could not listen there."""
+def check_port(host: str, port: int, option: str) -> None:
+    """SetupError if a server could not listen there; ``option`` chooses another port."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
@@ -75,7 +77,7 @@ def check_port(host: str, port: int) -> None:
         except OSError as error:
             raise SetupError(
                 f"port {port} of {host} is not free ({error.strerror}): stop the program that uses "
-                f"it, or choose another with --port {port + 1}"
+                f"it, or choose another with {option} {port + 1}"
             ) from None
 
 
@@ -97,13 +99,20 @@ def make_demo(python: Path) -> Path:
 
 
 @contextmanager
-def running(command: list, env: dict[str, str]) -> Iterator[subprocess.Popen]:
-    """The server as a process group of its own, which is gone when the block is left."""
+def running(
+    command: list, env: dict[str, str], output: IO | None = None, name: str = "the server"
+) -> Iterator[subprocess.Popen]:
+    """A server as a process group of its own, which is gone when the block is left.
+
+    output: a file for what it says, by default the terminal. name: for the user.
+    """
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     server = subprocess.Popen(
         [str(part) for part in command],
         cwd=ROOT,
         env=env,
+        stdout=output,
+        stderr=output,
         start_new_session=True,
         creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same on Windows
     )
@@ -111,11 +120,11 @@ def running(command: list, env: dict[str, str]) -> Iterator[subprocess.Popen]:
         yield server
     finally:
         signal.signal(signal.SIGTERM, previous)
-        stop(server)
+        stop(server, name)
 
 
-def stop(server: subprocess.Popen) -> None:
-    """End the server and all that it started, also a training that outlives it."""
+def stop(server: subprocess.Popen, name: str) -> None:
+    """End a server and all that it started, also a training that outlives it."""
     if sys.platform == "win32":
         kill = ["taskkill", "/F", "/T", "/PID", str(server.pid)]
         subprocess.run(kill, capture_output=True, check=False)
@@ -123,7 +132,7 @@ def stop(server: subprocess.Popen) -> None:
         return
     try:
         if server.poll() is None:
-            print("\nStopping the server", flush=True)
+            print(f"\nStopping {name}", flush=True)
             _signal_group(server.pid, signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 server.wait(_FAREWELL_S)
@@ -132,21 +141,22 @@ def stop(server: subprocess.Popen) -> None:
         server.wait()
 
 
-def wait_until_ready(server: subprocess.Popen, url: str) -> None:
-    """Return once /info/ answers; SetupError if the server ends or stays silent."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+def wait_until_ready(
+    server: subprocess.Popen, url: str, path: str = "/info/", name: str = "the server"
+) -> None:
+    """Return once ``path`` answers; SetupError if the server ends or stays silent."""
     deadline = time.monotonic() + _PATIENCE_S
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise SetupError(f"the server stopped with code {server.returncode}: see above")
+            raise SetupError(f"{name} stopped with code {server.returncode}: see above")
         try:
-            with direct.open(f"{url}/info/", timeout=10):
+            with DIRECT.open(f"{url}{path}", timeout=10):
                 return
         except urllib.error.HTTPError as error:
-            raise SetupError(f"the server answers {url}/info/ with {error.code}") from None
+            raise SetupError(f"{name} answers {url}{path} with {error.code}") from None
         except OSError:
             time.sleep(0.5)
-    raise SetupError(f"the server did not answer {url}/info/ within {_PATIENCE_S} s")
+    raise SetupError(f"{name} did not answer {url}{path} within {_PATIENCE_S} s")
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:
@@ -154,7 +164,7 @@ def _signal_group(group: int, number: signal.Signals) -> None:
         os.killpg(group, number)
 
 
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+def split(arguments: list[str]) -> tuple[list[str], list[str]]:
     """The arguments before and after ``--``."""
     at = arguments.index("--") if "--" in arguments else len(arguments)
     return arguments[:at], arguments[at + 1 :]

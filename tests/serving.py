@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ START_S = 90
 @dataclass(frozen=True)
 class Running:
     client: MONAILabelClient
+    url: str
     log: Path
 
 
@@ -35,14 +36,18 @@ def copy_app(target: Path) -> Path:
 
 
 @contextmanager
-def serving(app: Path, studies: Path, root: Path) -> Iterator[Running]:
+def serving(
+    app: Path, studies: Path | str, root: Path, variables: Mapping[str, str] | None = None
+) -> Iterator[Running]:
     """A server on a port of its own on the loopback, with its log and sessions in ``root``."""
     port, log = free_port(), root / "server.log"
     command = [sys.executable, "-m", "monailabel.main", "start_server"]
     command += ["--app", str(app), "--studies", str(studies)]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     environment = os.environ | {"MONAI_LABEL_SESSION_PATH": str(root / "sessions")}
-    client = MONAILabelClient(f"http://127.0.0.1:{port}", tmpdir=str(root))
+    environment |= variables or {}
+    url = f"http://127.0.0.1:{port}"
+    client = MONAILabelClient(url, tmpdir=str(root))
 
     def answers() -> bool:
         assert process.poll() is None, f"the server ended:\n{log.read_text()[-4000:]}"
@@ -57,7 +62,7 @@ def serving(app: Path, studies: Path, root: Path) -> Iterator[Running]:
         )
         try:
             wait_for(answers, START_S, "the server answers")
-            yield Running(client, log)
+            yield Running(client, url, log)
         finally:
             kill_tree(process)
 

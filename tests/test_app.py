@@ -34,6 +34,7 @@ from deepem.network import PRESETS, NoduleNet
 from deepem.nodule import Lobe, Nodule, Proposal, SliceConvention, WeakLabel
 from deepem.phantom import make_phantom
 from deepem.phantom.write import write_dicom_series
+from deepem.ranking.strategies import DEFAULT, STRATEGIES
 from deepem.tables import write_weak_labels
 from deepem.training import TrainResult
 from deepem.volume import read_image, read_volume
@@ -114,7 +115,8 @@ def test_info_is_what_slicer_accepts(load):
     assert (mask["type"], mask["labels"]["nodule"], mask["dimension"]) == ("segmentation", 1, 3)
     assert sorted(mask["labels"].values()) == [1, 2, 3, 4]
     assert list(info["trainers"]) == [MODEL]  # OHIF starts all there are
-    assert set(info["strategies"]) == {"random", "first"}
+    assert list(info["strategies"])[0] == DEFAULT  # Slicer preselects the first
+    assert set(info["strategies"]) == {*STRATEGIES, "random", "first"}
     assert info["datastore"]["total"] == 1  # the table beside the scan is no scan
     for task in (model, mask, info["trainers"][MODEL]):
         for value in task["config"].values():
@@ -140,6 +142,7 @@ def test_the_threshold_of_the_conf_is_the_first_choice(load):
         ({"preload": "maybe"}, "preload: expected true or false, got maybe"),
         ({"device": "tpu"}, "device: expected one of .*, got tpu"),
         ({"models": "lungs"}, "models: expected all, or some of .*nodule_detection.*, got lungs"),
+        ({"strategy": "random"}, "strategy: expected one of shuffle, .*, got random"),
         ({"em_method": "best"}, "em_method: expected one of none, map, sampling, soft, got best"),
         ({"train_steps": "1.5"}, "train_steps: expected a whole number, got 1.5"),
         ({"train_minutes": "-1"}, "train_minutes: expected a number, 0 or more, got -1"),
@@ -294,7 +297,8 @@ def test_a_mask_that_cannot_be_is_refused(truthful, settings_, message):
 
 def test_models_keep_their_order_and_only_one_has_a_trainer(load):
     assert list(load(models=f"{MASK}, {MODEL}").info()["models"]) == [MODEL, MASK]
-    assert load(models=MASK).info()["trainers"] == {}
+    info = load(models=MASK).info()
+    assert info["trainers"] == info["strategies"] == info["scoring"] == {}
 
 
 def test_above_the_threshold_nothing_is_found_and_the_file_is_still_markups(load, app_dir):

@@ -205,6 +205,19 @@ def test_nifti_and_dicom_hold_the_same_patient(written):
     assert {h.Modality for h in headers} == {"CT"} and headers[0].SOPInstanceUID.is_valid
 
 
+def test_every_second_dicom_series_is_numbered_from_the_feet(tmp_path):
+    write_phantoms(tmp_path, count=2, seed=3, dicom=True)
+    truth = json.loads((tmp_path / "truth.json").read_text())["scans"]
+    directions = []
+    for scan in truth:
+        headers = [pydicom.dcmread(p) for p in (tmp_path / scan["seriesuid"]).glob("*.dcm")]
+        headers.sort(key=lambda header: int(header.InstanceNumber))
+        z_mm = [float(header.ImagePositionPatient[2]) for header in headers]
+        directions.append(set(np.sign(np.diff(z_mm))))
+        assert read_volume(tmp_path / scan["seriesuid"]).hu.shape == tuple(scan["shape"])
+    assert directions == [{-1}, {1}]
+
+
 def test_tables_state_the_truth(written):
     folder, seen = written
     with open(folder / "nifti" / "annotations.csv", newline="") as table:

@@ -19,7 +19,9 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+import demo_pacs  # noqa: E402
 import environment  # noqa: E402
+import orthanc  # noqa: E402
 import start  # noqa: E402
 
 posix = pytest.mark.skipif(os.name == "nt", reason="process groups and links of POSIX")
@@ -185,7 +187,7 @@ def test_a_free_port_is_accepted():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    start.check_port("127.0.0.1", port)
+    start.check_port("127.0.0.1", port, "--port")
 
 
 def test_a_missing_studies_folder_is_refused_and_an_address_is_not(tmp_path):
@@ -249,8 +251,58 @@ def test_a_server_that_ends_at_once_is_an_error_and_no_endless_wait():
 
 def test_arguments_after_two_dashes_belong_to_the_server():
     asked = ["--port", "9", "--", "--conf", "a", "--"]
-    assert start._split(asked) == (["--port", "9"], ["--conf", "a", "--"])
-    assert start._split(["--port", "9"]) == (["--port", "9"], [])
+    assert start.split(asked) == (["--port", "9"], ["--conf", "a", "--"])
+    assert start.split(["--port", "9"]) == (["--port", "9"], [])
+
+
+# --- the PACS
+
+
+@pytest.mark.parametrize(
+    ("program", "plugin", "missing"),
+    [
+        (None, Path("plugin.so"), "orthanc"),
+        ("Orthanc", None, "orthanc-dicomweb"),
+        (None, None, "orthanc orthanc-dicomweb"),
+    ],
+)
+def test_missing_packages_are_one_line_before_anything_is_made(
+    monkeypatch, program, plugin, missing
+):
+    monkeypatch.setattr(orthanc, "_program", lambda: program)
+    monkeypatch.setattr(orthanc, "_plugin", lambda: plugin)
+    monkeypatch.setattr(demo_pacs, "ready_python", lambda: pytest.fail("too early"))
+    with pytest.raises(environment.SetupError) as caught:
+        demo_pacs.main([])
+    assert str(caught.value) == (
+        f"not installed: {missing} (Debian, Ubuntu: sudo apt install {missing})"
+    )
+
+
+def test_a_folder_that_is_not_there_and_two_servers_at_one_port_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_pacs, "check_installed", lambda: None)
+    monkeypatch.setattr(demo_pacs, "check_port", lambda *asked: None)
+    monkeypatch.setattr(demo_pacs, "ready_python", lambda: pytest.fail("too early"))
+    with pytest.raises(environment.SetupError, match="missing: no such folder"):
+        demo_pacs.main(["--dicom", str(tmp_path / "missing")])
+    with pytest.raises(environment.SetupError, match="--pacs-port"):
+        demo_pacs.main(["--port", "8042"])
+
+
+def test_only_dicom_files_are_sent_and_what_is_not_taken_is_told(tmp_path, monkeypatch, capsys):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    good, bad = tmp_path / "deep" / "er" / "IM1", tmp_path / "IM2"
+    for file in (good, bad):
+        file.write_bytes(b"\0" * 128 + b"DICM")
+    (tmp_path / "notes.txt").write_text("no DICOM")
+    sent = []
+    monkeypatch.setattr(
+        demo_pacs, "store", lambda pacs, files: sent.extend(files) or {bad: "400 Bad Request"}
+    )
+    demo_pacs.fill(orthanc.Orthanc("http://127.0.0.1:1"), tmp_path)
+    assert sorted(sent) == sorted([good, bad])
+    said = capsys.readouterr().out
+    assert f"from {tmp_path}: 1\n" in said and f"not taken: {bad}: 400 Bad Request" in said
 
 
 # --- the benchmark

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import requests
 import SimpleITK as sitk
 import torch
 from monailabel.client import MONAILabelClient
@@ -193,6 +196,47 @@ def test_a_scan_that_was_sent_along_is_searched(server):
     assert_found(file, params, server.truth["flipped"])
     file, params = server.client.infer(MODEL, "mine", {}, file=scan)
     assert_found(file, params, server.truth["flipped"])
+
+
+def test_others_are_answered_while_scans_are_searched(server):
+    """In MONAI Label's event loop, one question at most gets in between."""
+    client = server.client
+    waited_s = []
+    with ThreadPoolExecutor(2) as pool:
+        searches = [
+            pool.submit(client.infer, MODEL, pose, {"score_threshold": "0.1"})
+            for pose in ("oblique", "aligned")
+        ]
+        while not any(search.done() for search in searches):
+            started = time.monotonic()
+            assert client.info()["models"]
+            assert client.next_sample("first", {})["id"] == "aligned"
+            waited_s.append(time.monotonic() - started)
+    print(f"{len(waited_s)} rounds, slowest {max(waited_s):.3f} s")
+    assert len(waited_s) >= 5
+    for pose, search in zip(("oblique", "aligned"), searches, strict=True):
+        assert_found(*search.result(), server.truth[pose])
+    with pytest.raises(MONAILabelClientException, match="404"):
+        client.train_status()  # of the one process that answers all: no training was started
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/datastore/label?image=nobody", 404),
+        ("/datastore/label?image=aligned&tag=..%2F..%2Fx", 422),
+        ("/datastore/label?image=..%2Faligned", 404),
+        ("/datastore/image?image=..%2Fx", 422),
+    ],
+)
+def test_a_name_that_leads_elsewhere_is_refused_and_nothing_is_written(server, path, status):
+    before = sorted(server.studies.parent.glob("**/x*"))
+    field = "label" if "/label" in path else "file"
+    sent = {field: ("label.json" if field == "label" else "scan.nii", b"{}")}
+    answer = requests.put(f"{server.client._server_url}{path}", files=sent, timeout=60)
+    assert answer.status_code == status, answer.text
+    assert "expected" in answer.json()["detail"]
+    assert sorted(server.studies.parent.glob("**/x*")) == before
 
 
 @pytest.mark.parametrize(

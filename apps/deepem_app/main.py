@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +19,26 @@ from monailabel.interfaces.config import TaskConfig
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
 from monailabel.interfaces.tasks.infer_v2 import InferTask
+from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
-from monailabel.tasks.activelearning.first import First
-from monailabel.tasks.activelearning.random import Random
+from monailabel.utils.async_tasks.task import AsyncTask
 
 import deepem
 from deepem.errors import InputError
 from lib.conf import AppConf, boolean
 from lib.configs.nodule_detection import NoduleDetection
 from lib.configs.nodule_mask import NoduleMask
+from lib.datastore.dicomweb import open_pacs
+from lib.datastore.local import LocalStore
 from lib.reports import store_report
+from lib.scoring import Keeper
 from lib.served import ServedDetector
-from lib.studies import study
+from lib.studies import study_of
+from lib.threads import InThreads
 
 MODELS = {"nodule_detection": NoduleDetection, "nodule_mask": NoduleMask}
 """In the order in which clients list them; Slicer preselects the first."""
-
-IMAGES = ["*.nii.gz", "*.nii", "*.nrrd", "*.mha"]
-"""Volumes that the library reads; the defaults of MONAI Label have photographs in them."""
 
 
 class DeepEMApp(MONAILabelApp):
@@ -65,12 +67,20 @@ class DeepEMApp(MONAILabelApp):
             version=deepem.__version__,
             labels=["nodule"],  # a list: OHIF appends the labels of the models to it
         )
-        self._auto_update_scoring = False  # else every next sample starts a process to score
+        self._auto_update_scoring = False  # it starts a process for every next sample; see Keeper
 
     def init_datastore(self) -> Datastore:
-        """A datastore of the volume formats that the library reads."""
-        settings.MONAI_LABEL_DATASTORE_FILE_EXT = IMAGES
-        return super().init_datastore()
+        """The app's own datastore for a folder and for DICOMweb; another remote one as it is."""
+        if self.studies.startswith(("http://", "https://")):
+            return super().init_datastore()
+        return LocalStore(
+            Path(self.studies),
+            auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
+            read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
+        )
+
+    def _init_dicomweb_datastore(self) -> Datastore:
+        return open_pacs(self.studies)
 
     def init_infers(self) -> dict[str, InferTask]:
         """One task per model."""
@@ -84,17 +94,45 @@ class DeepEMApp(MONAILabelApp):
         return {name: trainer for name, trainer in trainers.items() if trainer}
 
     def init_strategies(self) -> dict[str, Strategy]:
-        """Both offer only scans without a final label."""
-        return {} if self._settings.skip_strategies else {"random": Random(), "first": First()}
+        """Those of the detector; all offer only scans without a final label."""
+        if self._settings.skip_strategies:
+            return {}
+        offered = [model.strategy() for model in self._models.values()]
+        return next((strategies for strategies in offered if strategies), {})
+
+    def init_scoring_methods(self) -> dict[str, ScoringMethod]:
+        """Of the models that have one."""
+        if self._settings.skip_scoring:
+            return {}
+        methods = {name: model.scoring_method() for name, model in self._models.items()}
+        return {name: method for name, method in methods.items() if method}
 
     def on_init_complete(self) -> None:
-        """Called in the server only: the processes that it starts must not write its datastore.
+        """Called in the server only, before its first request.
 
-        Each of them opens the datastore, and with a new image in the folder it would write its
-        own snapshot back, over a label that was submitted meanwhile.
+        The processes that it starts open the datastore to read: what is to be learned from is not
+        written by who learns.
         """
         os.environ["MONAI_LABEL_DATASTORE_READ_ONLY"] = "true"
         super().on_init_complete()
+        from monailabel.app import app as server  # importing it makes a server: not above
+
+        server.middleware_stack = InThreads(server.middleware_stack, settings.MONAI_LABEL_API_STR)
+
+        for name, scoring in self._scoring_methods.items():
+            Keeper(scoring, self.datastore(), partial(_start_scoring, name)).watch()
+
+    def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
+        """Tell the client who submitted a label whether it went to the PACS too."""
+        info = self.datastore().get_label_info(label_id, DefaultLabelTag.FINAL)
+        return {key: info[key] for key in ("seg", "seg_error") if info.get(key)}
+
+    def batch_infer(
+        self, request: Mapping[str, Any], datastore: Datastore | None = None
+    ) -> dict[str, Any]:
+        """Detect in many scans. To save what was found is the task, so its process may write."""
+        self.datastore().read_only = False
+        return super().batch_infer(request, datastore)
 
     def infer(
         self, request: Mapping[str, Any], datastore: Datastore | None = None
@@ -113,7 +151,7 @@ class DeepEMApp(MONAILabelApp):
             )
         with _http_errors():
             pacs = _pacs(datastore, known) if boolean(request, "store_sr", False) else None
-            path = study(datastore, image).path if known else Path(image)
+            path = study_of(datastore, image).path if known else Path(image)
             result = super().infer({**request, "image": str(path)}, datastore)
             if pacs:
                 task = self._infers[request["model"]]
@@ -144,6 +182,12 @@ def _pacs(datastore: Datastore, known: bool) -> DICOMwebClient:
     if not (known and isinstance(datastore, DICOMWebDatastore)):
         raise InputError("settings", "store_sr", "true only for a scan of a PACS", "true")
     return datastore._client
+
+
+def _start_scoring(method: str) -> bool:
+    """In a process of its own; False if one is running."""
+    task, _ = AsyncTask.run("scoring", request={"method": method})
+    return task is not None
 
 
 def _chosen(models: str) -> list[str]:

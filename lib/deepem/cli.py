@@ -1,4 +1,5 @@
-"""The command line: ``deepem phantom | train | detect | evaluate | weak-labels check | e-step``.
+"""The command line: ``deepem phantom | train | detect | evaluate | weak-labels check | e-step |
+rank``.
 
 Exit code 0: done; 1: done, but some scans could not be used (they are listed); 2: bad input, one
 line on standard error; 130: interrupted.
@@ -32,6 +33,7 @@ from rich.progress import (
 import deepem
 from deepem.em import METHODS, EmConfig
 from deepem.errors import InputError
+from deepem.ranking.strategies import DEFAULT, STRATEGIES
 
 logger = logging.getLogger("deepem")
 _console = Console(stderr=True)
@@ -171,6 +173,25 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--size", action="store_true", help="reported diameters are evidence too")
     one.add_argument("--attenuation", action="store_true", help="so is ground glass or solid")
     one.add_argument("--json", type=Path, required=True, metavar="OUT")
+
+    one = command("rank", _rank, "Which scan should be labelled next?")
+    one.add_argument("--model", type=Path, required=True, metavar="MODEL")
+    one.add_argument("--studies", type=Path, required=True, nargs="+", metavar="DIR")
+    one.add_argument("--annotations", type=Path, nargs="+", default=[], metavar="CSV",
+                     help="scans in these tables are labelled: they are not ranked")  # fmt: skip
+    one.add_argument("--series", type=Path, nargs="+", default=[], metavar="CSV",
+                     help="so are these, with or without a nodule")  # fmt: skip
+    one.add_argument("--weak-labels", type=Path, metavar="CSV")
+    one.add_argument("--reports", type=Path, metavar="DIR_OR_CSV", help="free text")
+    one.add_argument("--strategy", choices=tuple(STRATEGIES), default=DEFAULT,
+                     help="; ".join(f"{name}: {strategy.description}"
+                                    for name, strategy in STRATEGIES.items()))  # fmt: skip
+    one.add_argument(
+        "--out", type=Path, required=True, metavar="CSV", help="seriesuid,rank,score,why"
+    )
+    one.add_argument("--evidence", type=Path, metavar="DIR",
+                     help="what the model sees in each scan is kept here, so that only new scans "
+                     "are looked at (default: OUT without its ending, with .evidence)")  # fmt: skip
     return parser
 
 
@@ -478,6 +499,63 @@ def _e_step(options: argparse.Namespace) -> int:
     write_json(options.json, {"method": options.method, "labels": in_order})
     unexplained = sum(not answer["chosen"] for answer in in_order)
     print(f"{len(in_order)} labels, {unexplained} of them unexplained: {options.json}")
+    return _listed(bad)
+
+
+def _rank(options: argparse.Namespace) -> int:
+    from deepem.detector import Detector
+    from deepem.labelled import weak_studies
+    from deepem.ranking.evidence import ScanEvidence
+    from deepem.ranking.scoring import EvidenceFile, gather, told_by
+    from deepem.ranking.strategies import rank
+    from deepem.ranking.table import write_ranking
+    from deepem.scan import ScanCache
+    from deepem.tables import read_annotations, read_series
+    from deepem.volume import find_studies
+    from deepem.weak_labels import Records, read_reports, read_weak_labels
+
+    labelled = {uid for file in options.annotations for uid in read_annotations(file)}
+    labelled |= {uid for file in options.series for uid in read_series(file)}
+    sources = [read_weak_labels(options.weak_labels)] if options.weak_labels else []
+    sources += [read_reports(options.reports)] if options.reports else []
+    detector = Detector.load(options.model, options.device)
+    folder = options.evidence or options.out.with_suffix(".evidence")
+    known = EvidenceFile(folder / f"{detector.card.weights_fingerprint}.jsonl")
+    bad: list[str] = []
+    studies = {
+        study.series_uid: study
+        for path in options.studies
+        for study in find_studies(path, lambda error: bad.append(str(error)))
+    }
+    if not studies.keys() - labelled:
+        where = ", ".join(map(str, options.studies))
+        raise InputError(where, "scans", "at least one that is not labelled", f"{len(studies)} "
+                         "labelled ones")  # fmt: skip
+    records = Records.merged(sources)
+    weak, rejected = weak_studies(records, studies)
+    bad += map(str, rejected)
+    scans: list[ScanEvidence] = []
+    examples: list[ScanEvidence] = []
+    failed: list[tuple[str, str]] = []
+    with _bar() as bar:
+        task = bar.add_task("scans", total=len(studies))
+        flip = STRATEGIES[options.strategy].flips
+        cache = ScanCache(folder / "prepared")
+        for study, found in gather(
+            detector, studies.values(), told_by(records, weak), known, cache, flip=flip
+        ):
+            if not isinstance(found, str):
+                (examples if study.series_uid in labelled else scans).append(found)
+            else:
+                bad.append(found)
+                if study.series_uid not in labelled:
+                    failed.append((study.series_uid, found))
+            bar.advance(task)
+    ranking = rank(options.strategy, scans, examples, failed, options.seed)
+    write_ranking(options.out, ranking)
+    print(f"{len(scans)} scans by {options.strategy}: {options.out}")
+    for one in ranking[:3]:
+        print(f"{one.rank}. {one.series_uid}: {one.why}")
     return _listed(bad)
 
 

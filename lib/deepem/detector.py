@@ -105,7 +105,7 @@ class Detector:
     def __init__(self, network: NoduleNet, card: ModelCard, device: str = "auto"):
         self.card = card
         self.device = pick_device(device)
-        self._network = fused(network).to(self.device)
+        self.network = fused(network).to(self.device)
 
     @classmethod
     def load(cls, path: Path, device: str = "auto") -> Detector:
@@ -118,4 +118,4 @@ class Detector:
 
     def propose(self, scan: Scan) -> list[Proposal]:
         """The same for a scan that is prepared already."""
-        return propose(self._network, scan, self.device)
+        return propose(self.network, scan, self.device)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
-from scipy.special import logsumexp
+from scipy.special import entr, logsumexp
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,11 @@ class Posterior:
     log_weight: np.ndarray
     log_null: np.ndarray
     joint: bool
+
+    @property
+    def entropy(self) -> np.ndarray:
+        """(L,) nats over proposals and null: how ambiguous each label is."""
+        return entr(np.column_stack([self.posterior, self.null])).sum(1)
 
 
 def e_step(

@@ -224,7 +224,7 @@ def summary(explained: Sequence[Explained], model: ObservationModel) -> dict[str
     proposal with the largest posterior. size_bias: reported diameters over proposed ones.
     """
     posterior = [item.posterior for item in explained]
-    entropy = np.concatenate([np.empty(0), *map(_entropy, posterior)])
+    entropy = np.concatenate([np.empty(0), *(one.entropy for one in posterior)])
     evidence = np.concatenate([np.empty(0), *(one.log_evidence for one in posterior)])
     evidence = evidence[np.isfinite(evidence)]
     chosen = [bool(choice) for item in explained for choice in item.chosen]
@@ -264,19 +264,13 @@ def details(explained: Sequence[Explained]) -> list[dict[str, Any]]:
                     "null": round(float(item.posterior.null[row]), 5),
                     "chosen": item.chosen[row],
                     "evidence": _finite(item.posterior.log_evidence[row]),
-                    "entropy": float(_entropy(item.posterior)[row]),
+                    "entropy": float(item.posterior.entropy[row]),
                 }
                 for row, label in enumerate(item.labels)
             ],
         }
         for item in explained
     ]
-
-
-def _entropy(posterior: Posterior) -> np.ndarray:
-    """(L,) nats over proposals and null."""
-    p = np.column_stack([posterior.posterior, posterior.null])
-    return -(p * np.log(np.where(p > 0, p, 1))).sum(1)
 
 
 def _mean(values: Any) -> float | None:

@@ -9,11 +9,12 @@ from typing import Any
 
 from deepem.em import METHODS, EmConfig
 from deepem.errors import InputError
+from deepem.ranking.strategies import DEFAULT, STRATEGIES
 
 DEVICES = ("auto", "cpu", "cuda")
 EM_METHODS = ("none", *METHODS)
 
-_OF_MONAI_LABEL = ("server_mode", "auth_token", "skip_scoring")
+_OF_MONAI_LABEL = ("server_mode", "auth_token")
 """Keys that MONAI Label reads itself, or that its apps are commonly started with."""
 
 
@@ -28,6 +29,9 @@ class AppConf:
     device: str = "auto"
     skip_trainers: bool = False
     skip_strategies: bool = False
+    skip_scoring: bool = False
+    strategy: str = DEFAULT
+    lease_minutes: float = 60.0
     records: str = ""
     em_method: str = EmConfig.method
     train_steps: int = 4000
@@ -37,6 +41,7 @@ class AppConf:
         probability(vars(self), "score_threshold", self.score_threshold)
         one_of(vars(self), "device", DEVICES)
         one_of(vars(self), "em_method", EM_METHODS)
+        one_of(vars(self), "strategy", tuple(STRATEGIES))
         if self.records and not Path(self.records).exists():
             raise InputError("settings", "records", "an existing file or folder", self.records)
 

@@ -23,3 +23,10 @@ def read_records(where: str) -> Records:
         *([read_weak_labels(table)] if table.exists() else []),
         *([read_reports(reports)] if reports.exists() else []),
     ])  # fmt: skip
+
+
+def records_changed(where: str) -> list[tuple[str, int]]:
+    """Files that `read_records` would read, each with the time of its last change in ns."""
+    path = Path(where)
+    found = [path] if path.is_file() else [path / TABLE, *sorted((path / REPORTS).glob("*"))]
+    return [(str(file), file.stat().st_mtime_ns) for file in found if file.is_file()]

@@ -1,7 +1,8 @@
-"""From the id of an image to what the library reads."""
+"""From the ids of a datastore to what the library reads. Nothing is written."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -14,13 +15,17 @@ from pydicom.dataset import Dataset
 from requests import RequestException
 
 from deepem.errors import InputError
-from deepem.volume import Study, find_studies
+from deepem.labelled import LabelledStudy, WeakStudy, usable_labels, weak_studies
+from deepem.markups import read_label
+from deepem.volume import Study, find_studies, series_name
 from deepem.weak_labels import Records, ScanSlices, slices_of_headers
+
+logger = logging.getLogger(__name__)
 
 _UNKNOWN = "UNK"  # how MONAI Label's DICOM datastore says that a tag is not there
 
 
-def study(datastore: Datastore, image: str) -> Study:
+def study_of(datastore: Datastore, image: str) -> Study:
     """An image of the datastore, with the patient that the datastore knows.
 
     What comes from a PACS is read from its DICOM files. They say what the NIfTI file that MONAI
@@ -38,6 +43,39 @@ def study(datastore: Datastore, image: str) -> Study:
         (one,) = find_studies(file)
     patient = info.get("PatientID", _UNKNOWN)
     return one if patient == _UNKNOWN else replace(one, patient_id=patient)
+
+
+def labelled_studies(datastore: Datastore) -> list[LabelledStudy]:
+    """Every image with a final label. A label that cannot be read is logged and left out."""
+    labelled = []
+    for pair in datastore.datalist():
+        try:
+            one = study_of(datastore, series_name(Path(pair["image"])))
+            labelled.append(LabelledStudy(one, read_label(Path(pair["label"]))))
+        except InputError as error:
+            logger.warning("skipped a label: %s", error)
+    return labelled
+
+
+def recorded_studies(
+    datastore: Datastore, records: Records
+) -> tuple[list[WeakStudy], list[InputError]]:
+    """Every image that a record tells of, and what of the records cannot be used.
+
+    From a PACS only the images are fetched whose records its headers bear out.
+    """
+    images = set(datastore.list_images())
+    wanted = [uid for uid in records.series if uid in images]
+    if isinstance(datastore, DICOMWebDatastore):
+        slices, rejected = pacs_slices(datastore, wanted, records)
+        usable, unusable = usable_labels(records, slices)
+        weak = [WeakStudy(study_of(datastore, uid), labels) for uid, labels in usable.items()]
+        return weak, [*rejected, *unusable]
+    studies = {}
+    for uid in wanted:
+        with suppress(InputError):  # a file that is gone; `weak_studies` says so
+            studies[uid] = study_of(datastore, uid)
+    return weak_studies(records, studies)
 
 
 def pacs_slices(

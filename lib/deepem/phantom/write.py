@@ -36,13 +36,15 @@ def write_phantoms(
     size: str = "mini",
     dicom: bool = False,
     on_scan: Callable[[Phantom], None] | None = None,
+    nodule_count: int | None = None,
 ) -> None:
     """Write ``count`` phantoms to the folder ``out``; a second run gives the same bytes.
 
     Per scan `<series UID>.nii.gz`, or with ``dicom`` a folder `<series UID>` of DICOM files, and
     `lobes/<series UID>.nii.gz`; for all of them `annotations.csv`, `series.csv` (clean scans have
-    no row in the annotations), `weak_labels.csv` and `truth.json`, which are written last.
-    ``on_scan`` is called after each scan.
+    no row in the annotations), `weak_labels.csv` and `truth.json`, which are written last. Every
+    second DICOM series has its InstanceNumbers from the feet, as some scanners do.
+    ``on_scan`` is called after each scan. nodule_count: in every scan, by default drawn.
     """
     if count < 1:
         raise ValueError(f"count: expected 1 or more, got {count}")
@@ -52,9 +54,9 @@ def write_phantoms(
     truth: list[dict] = []
     for number in range(count):
         own_seed = scan_seed(seed, number)
-        phantom = make_phantom(own_seed, size)
+        phantom = make_phantom(own_seed, size, nodule_count)
         if dicom:
-            write_dicom_series(phantom, out / phantom.series_uid)
+            write_dicom_series(phantom, out / phantom.series_uid, from_feet=number % 2 == 1)
         else:
             _write_nifti(out / f"{phantom.series_uid}.nii.gz", phantom.hu, phantom.grid)
         _write_nifti(out / "lobes" / f"{phantom.series_uid}.nii.gz", phantom.lobes, phantom.grid)
@@ -99,8 +101,8 @@ def _write_nifti(path: Path, voxels: np.ndarray, grid: Grid) -> None:
         aside.write_bytes(gzip.compress(image.to_bytes(), compresslevel=3, mtime=0))
 
 
-def write_dicom_series(phantom: Phantom, folder: Path | str) -> None:
-    """Write `0001.dcm`, ...: axial CT images, InstanceNumber 1 at the head.
+def write_dicom_series(phantom: Phantom, folder: Path | str, from_feet: bool = False) -> None:
+    """Write `0001.dcm`, ...: axial CT images, InstanceNumber 1 at the head or ``from_feet``.
 
     The folder takes the place of an older one when it is complete.
     """
@@ -111,7 +113,8 @@ def write_dicom_series(phantom: Phantom, folder: Path | str) -> None:
     try:
         slices = phantom.grid.shape[2]
         for number in range(1, slices + 1):
-            dataset = _dicom_slice(phantom, slices - number, number)
+            k = number - 1 if from_feet else slices - number
+            dataset = _dicom_slice(phantom, k, number)
             dataset.save_as(aside / f"{number:04d}.dcm", write_like_original=False)
         if folder.exists():
             shutil.rmtree(folder)

@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from monailabel.interfaces.config import TaskConfig
+from monailabel.interfaces.tasks.strategy import Strategy
 
+from deepem.ranking.strategies import STRATEGIES
+from lib.activelearning import ByName, Desk, Ranked, Rankings
 from lib.conf import AppConf
 from lib.infers import NoduleDetection as Infer
+from lib.scoring import NoduleDetection as Scoring
 from lib.served import ServedDetector
 from lib.trainers import NoduleDetection as Trainer
 
@@ -37,4 +41,27 @@ class NoduleDetection(TaskConfig):
 
     def trainer(self) -> Trainer:
         """The task that trains."""
-        return Trainer(self.path, Path(self.model_dir) / self.name, self.records, self.settings)
+        return Trainer(self.path, self._folder, self.records, self.settings)
+
+    def scoring_method(self) -> Scoring:
+        """The task that looks at all scans."""
+        return Scoring(self.path, self._folder, self.records, self.settings)
+
+    def strategy(self) -> dict[str, Strategy]:
+        """By name, all from one desk; the chosen one first.
+
+        It is ``random`` too, since some clients always ask for that.
+        """
+        rankings = Rankings(self.scoring_method().rankings)
+        desk = Desk(60 * self.settings.lease_minutes)
+        chosen = self.settings.strategy
+        named = {name: name for name in (chosen, *STRATEGIES)} | {"random": chosen}
+        ranked: dict[str, Strategy] = {
+            name: Ranked(ranking, STRATEGIES[ranking].description, rankings, desk)
+            for name, ranking in named.items()
+        }
+        return ranked | {"first": ByName(desk)}
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.model_dir) / self.name

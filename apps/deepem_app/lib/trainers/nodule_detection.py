@@ -7,13 +7,11 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 
@@ -21,15 +19,12 @@ from deepem.em import EmConfig
 from deepem.errors import InputError
 from deepem.files import write_json
 from deepem.fit import Progress, TrainConfig
-from deepem.labelled import LabelledStudy, WeakStudy, usable_labels, weak_studies
-from deepem.markups import read_label
+from deepem.labelled import WeakStudy
 from deepem.training import TrainResult, train
-from deepem.volume import series_name
-from deepem.weak_labels import Records
 from lib.conf import DEVICES, EM_METHODS, AppConf, number, one_of, whole
 from lib.records import read_records
 from lib.served import served
-from lib.studies import pacs_slices, study
+from lib.studies import labelled_studies, recorded_studies
 
 logger = logging.getLogger(__name__)
 
@@ -182,36 +177,3 @@ def train_config(request: Mapping[str, Any], conf: AppConf) -> TrainConfig:
 def _methods(conf: AppConf) -> list[str]:
     """All choices, that of ``conf`` first."""
     return list(dict.fromkeys((conf.em_method, *EM_METHODS)))
-
-
-def labelled_studies(datastore: Datastore) -> list[LabelledStudy]:
-    """Every image with a final label. A label that cannot be read is logged and left out."""
-    labelled = []
-    for pair in datastore.datalist():
-        try:
-            one = study(datastore, series_name(Path(pair["image"])))
-            labelled.append(LabelledStudy(one, read_label(Path(pair["label"]))))
-        except InputError as error:
-            logger.warning("skipped a label: %s", error)
-    return labelled
-
-
-def recorded_studies(
-    datastore: Datastore, records: Records
-) -> tuple[list[WeakStudy], list[InputError]]:
-    """Every image that a record tells of, and what of the records cannot be used.
-
-    From a PACS only the images are fetched whose records its headers bear out.
-    """
-    images = set(datastore.list_images())
-    wanted = [uid for uid in records.series if uid in images]
-    if isinstance(datastore, DICOMWebDatastore):
-        slices, rejected = pacs_slices(datastore, wanted, records)
-        usable, unusable = usable_labels(records, slices)
-        weak = [WeakStudy(study(datastore, uid), labels) for uid, labels in usable.items()]
-        return weak, [*rejected, *unusable]
-    studies = {}
-    for uid in wanted:
-        with suppress(InputError):  # a file that is gone; `weak_studies` says so
-            studies[uid] = study(datastore, uid)
-    return weak_studies(records, studies)
