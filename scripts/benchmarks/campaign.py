@@ -22,12 +22,12 @@ from typing import Any
 import em_study
 import numpy as np
 import torch
-from em_study import PATCH, RESULTS, marked, run_all
+from em_study import PATCH, RESULTS, machine, marked, paired, run_all
 
 from deepem.detector import Detector
 from deepem.errors import InputError
 from deepem.figures import training_plot
-from deepem.files import write_json
+from deepem.files import atomic_path, write_json
 from deepem.fit import TrainConfig
 from deepem.judging import by_nodules
 from deepem.labelled import LabelledStudy, load_labelled, weak_studies
