@@ -139,7 +139,7 @@ def test_a_scan_finds_what_people_put_there_and_forgets_what_they_took(open_stor
 
 def test_a_file_that_is_only_half_written_is_no_scan_and_an_old_one_goes(open_store, studies):
     leftover = studies / f".0123abcd.{SCAN}.nii.gz"
-    fresh = studies / ".4567cdef.datastore_v2.json"
+    fresh = studies / ".4567cdef.new.nii.gz"
     for file in (leftover, fresh):
         file.write_bytes(b"half a ")
     os.utime(leftover, (0, 0))
