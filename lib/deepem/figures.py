@@ -79,9 +79,13 @@ def froc_plot(curves: Mapping[str, Froc], path: _PathLike) -> None:
 
 
 def training_plot(
-    runs: Mapping[str, Sequence[Sequence[tuple[int, float]]]], path: _PathLike
+    runs: Mapping[str, Sequence[Sequence[tuple[int, float]]]],
+    path: _PathLike,
+    label: str = "training step",
 ) -> None:
     """CPM over training steps. ``runs``: for every name one history of (step, CPM) per seed.
+
+    label: of the steps, where they are something else.
 
     Each seed is a thin line; the thick line is their mean at the steps that all of them measured.
     """
@@ -98,7 +102,7 @@ def training_plot(
         count = f"{len(histories)} seed{'s' if len(histories) != 1 else ''}"
         last = f", last {mean[-1]:.3f}" if mean else ""
         axes.plot(shared, mean, ".-", color=color, linewidth=2.2, label=f"{name} ({count}{last})")
-    axes.set_xlabel("training step")
+    axes.set_xlabel(label)
     _unit_axis(axes, "CPM (mean sensitivity)")
     if runs:
         axes.legend(loc="lower right", frameon=False)

@@ -22,11 +22,12 @@ from typing import Any
 import em_study
 import numpy as np
 import torch
-from em_study import PATCH, RESULTS, marked, run_all
+from em_study import PATCH, RESULTS, machine, marked, paired, run_all
 
 from deepem.detector import Detector
 from deepem.errors import InputError
-from deepem.files import write_json
+from deepem.figures import training_plot
+from deepem.files import atomic_path, write_json
 from deepem.fit import TrainConfig
 from deepem.judging import by_nodules
 from deepem.labelled import LabelledStudy, load_labelled, weak_studies
@@ -254,8 +255,78 @@ def _same_size(file: Path, size: Size) -> None:
     write_json(file, asdict(size))
 
 
-def write_report(out: Path, size: Size, results: Mapping[tuple[str, int], list]) -> None:
-    write_json(out / "campaign.json", {"/".join(map(str, k)): v for k, v in results.items()})
+def write_report(
+    out: Path, size: Size, results: Mapping[tuple[str, int], list[dict[str, Any]]]
+) -> None:
+    names = list(dict.fromkeys(name for name, _ in results))
+    curves = {
+        name: {seed: [(len(one["labelled"]), one["test"]["cpm"]) for one in rounds]
+               for (other, seed), rounds in results.items() if other == name}
+        for name in names
+    }  # fmt: skip
+    full = {seed: curve[-1][1] for seed, curve in curves.pop(FULL, {}).items()}
+    areas = {name: {seed: area(one) for seed, one in of_seed.items()}
+             for name, of_seed in curves.items()}  # fmt: skip
+    gains = {name: {base: paired(areas[name], areas[base]) for base in BASELINES if base != name}
+             for name in curves}  # fmt: skip
+    content = {
+        "machine": machine(), "size": asdict(size), "areas": areas, "gains": gains, "full": full,
+        "runs": [{"strategy": name, "seed": seed, "rounds": rounds}
+                 for (name, seed), rounds in results.items()],
+    }  # fmt: skip
+    write_json(out / "campaign.json", content)
+    training_plot({name: list(of_seed.values()) for name, of_seed in curves.items()},
+                  out / "campaign.png", "labelled scans")  # fmt: skip
+    test = next(iter(results.values()))[0]["test"]
+    rounds = [len(one["labelled"]) for one in results[next(iter(curves)), 0]]
+    head = ["strategy", *(f"CPM at {count} labels" for count in rounds), "area",
+            *(f"area beyond {base} (95 %)" for base in BASELINES), "labels to 95 % of full",
+            "nodules labelled"]  # fmt: skip
+    lines = [
+        f"{len(full)} seeds; a pool of {size.pool} scans, {size.start} labelled at the start and "
+        f"{size.per_round} more in each of {size.rounds} rounds; {size.start_steps} steps, then "
+        f"{size.steps} per round; {test['scans']} test scans with {test['nodules']} nodules. With "
+        f"all of the pool labelled CPM is {np.mean(list(full.values())):.3f} after as many steps. "
+        f"One thread, bfloat16 {'on' if machine()['bfloat16'] else 'off'}, torch "
+        f"{machine()['torch']}.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+    ]
+    for name, of_seed in curves.items():
+        cells = [name]
+        cells += [f"{np.mean(values):.3f}"
+                  for values in zip(*([cpm for _, cpm in curve] for curve in of_seed.values()),
+                                    strict=True)]  # fmt: skip
+        cells.append(f"{np.mean(list(areas[name].values())):.3f}")
+        for base in BASELINES:
+            gain = gains[name].get(base)
+            cells.append(f"{gain[0]:+.3f} ({gain[1]:+.3f} to {gain[2]:+.3f})" if gain else "")
+        needed = [labels_needed(curve, 0.95 * full[seed]) for seed, curve in of_seed.items()]
+        cells.append(", ".join("not reached" if count is None else f"{count:.0f}"
+                               for count in needed))  # fmt: skip
+        nodules = [rounds[-1]["nodules"] for (other, _), rounds in results.items() if other == name]
+        cells.append(f"{np.mean(nodules):.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    with atomic_path(out / "campaign.md") as part:
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+def area(curve: Sequence[tuple[int, float]]) -> float:
+    """Under CPM against labels, as the mean CPM over the labels of the campaign."""
+    labels, cpm = np.array(curve, float).T
+    return float(((cpm[1:] + cpm[:-1]) / 2 * np.diff(labels)).sum() / (labels[-1] - labels[0]))
+
+
+def labels_needed(curve: Sequence[tuple[int, float]], cpm: float) -> float | None:
+    """Labels at which the curve, linear between its points, first reaches ``cpm``."""
+    for (before, low), (after, high) in zip(curve, curve[1:], strict=False):
+        if low >= cpm:
+            return float(before)
+        if high >= cpm:
+            return before + (after - before) * (cpm - low) / (high - low)
+    return None
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ STRATEGIES = {
 """By name. ``random`` is no name here: clients send it whatever their user chose."""
 
 DEFAULT = "foreground"
-"""The best in the simulated campaigns, `scripts/benchmarks/campaign.py`."""
+"""The honest baseline: another takes its place when `scripts/benchmarks/campaign.py` shows it."""
 
 
 @dataclass(frozen=True)
