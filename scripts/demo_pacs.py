@@ -26,9 +26,9 @@ The server is ready: {url}   (the PACS: {pacs})
 
 In a browser, OHIF: {url}/ohif/
   1. Click a patient of the list, then the button "MONAI Label".
-  2. On the right, tab "MONAI Label": the arrow beside the server's address connects.
+  2. On the right, panel "MONAI Label": enter {url} and press the arrow beside it.
   3. Auto-Segmentation > Model nodule_mask > Run draws the findings into the images.
-  4. Active Learning > Next Sample opens another scan.
+  4. Active Learning > Next Sample opens the scan that ranks first.
 
 In 3D Slicer, module "MONAI Label": the same server. Boxes that are submitted there are kept by
 the server, and the PACS gets them as a segmentation (DICOM SEG).
