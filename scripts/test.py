@@ -10,13 +10,16 @@ import subprocess
 
 from environment import ROOT, ready_python, run_command, variables
 
+EVERYTHING = ("pytest", "-n", "2", "--dist", "loadfile")
+"""Two at once, tests of one file one after the other, since they share what is slow to make."""
+
 CHECKS = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
 
 
 def main(arguments: list[str]) -> int:
     """Return the exit code of the first check that fails, else that of pytest."""
     python = ready_python()
-    commands = [*(() if arguments else CHECKS), ("pytest", *arguments)]
+    commands = [("pytest", *arguments)] if arguments else [*CHECKS, EVERYTHING]
     for command in commands:
         print("$ python -m", *command, flush=True)
         done = subprocess.run(

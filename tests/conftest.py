@@ -15,7 +15,11 @@ from deepem.labelled import LabelledStudy
 from deepem.nodule import Nodule
 from deepem.volume import Study
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+if "PYTEST_XDIST_WORKER" in os.environ:  # another worker has the other cores
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the servers and trainings that tests start
+    torch.set_num_threads(1)
+else:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
 @pytest.fixture(scope="session")

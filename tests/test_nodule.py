@@ -44,7 +44,7 @@ def test_lobes_are_read_in_any_case_and_a_typo_names_the_choices():
         ),
         (
             {"slice_number": 3, "slice_convention": SliceConvention.ONE_AT_HEAD, "z_lps_mm": 1.0},
-            "a slice number or a z, got both",
+            "a slice number, a SOP instance UID or a z, got more than one",
         ),
         ({"z_lps_mm": math.inf}, "z_lps_mm: expected a finite number"),
         ({"diameter_mm": 0.0}, "diameter_mm: expected"),
