@@ -101,6 +101,13 @@ def test_windows_give_the_boxes_of_one_pass(shipped, scan, monkeypatch):
     assert_same_findings(propose(shipped, scan, CPU), whole, center_mm=1.0, probability=0.15)
 
 
+@pytest.mark.parametrize("shape", [(12, 10, 6), (40, 8, 40)])
+def test_a_scan_smaller_than_the_overlap_of_windows_is_searched(shipped, shape, rng):
+    hu = rng.integers(-1000, 400, shape).astype(np.int16)
+    grid = Grid.axis_aligned(np.zeros(3), 1.0, shape)
+    assert isinstance(propose(shipped, prepare(Volume(hu, grid, "tiny")), CPU), list)
+
+
 @pytest.mark.parametrize("size", [*range(16, 400, 16)])
 def test_windows_step_by_whole_cells_and_cover_every_axis(size):
     window = detector_module._window(size)

@@ -63,7 +63,7 @@ def propose(
     Memory is bounded by the windows, at most 224^3 voxels, not by the scan; neighbours overlap by
     32 voxels or more and their maps are blended with Gaussian weights.
     """
-    shape = tuple(_rounded_up(size) for size in scan.image.shape)
+    shape = tuple(max(_rounded_up(size), _OVERLAP) for size in scan.image.shape)
     x = network_input(scan, np.zeros(3, int), shape, network.channels)[None]
     window = tuple(_window(size) for size in shape)
     # A hair less overlap than 32: the step between windows is truncated and must stay whole cells.
