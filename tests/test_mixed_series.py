@@ -59,17 +59,20 @@ def write_bad(kind: str, folder: Path, hu: np.ndarray) -> str:
     hu = hu[:, :, :1] if kind == "single slice" else hu
     uid = write_dicom(folder, hu, grid.affine_lps_mm)
     files = sorted(folder.glob(f"*_{uid[-6:]}.dcm"))
+    inner = next((f for f in files if pydicom.dcmread(f).InstanceNumber == 3), files[0])
     if kind == "missing slices":
-        next(f for f in files if pydicom.dcmread(f).InstanceNumber == 3).unlink()
+        inner.unlink()
     elif kind == "four dimensions":
         again = write_dicom(folder, hu, grid.affine_lps_mm)
-        change(sorted(folder.glob(f"*_{again[-6:]}.dcm")), SeriesInstanceUID=uid)
+        study = pydicom.dcmread(files[0]).StudyInstanceUID
+        more = sorted(folder.glob(f"*_{again[-6:]}.dcm"))
+        change(more, SeriesInstanceUID=uid, StudyInstanceUID=study)
     elif kind == "multi-frame":
         change(files[:1], NumberOfFrames=2)
     elif kind == "no position":
         change(files[2:3], ImagePositionPatient=None)
     elif kind == "cut pixels":
-        files[1].write_bytes(files[1].read_bytes()[:-100])
+        inner.write_bytes(inner.read_bytes()[:-100])
     elif kind == "two sizes":
         change(files[:1], Rows=5)
     return uid
