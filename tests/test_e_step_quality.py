@@ -70,9 +70,18 @@ def test_no_pick_is_right_without_a_proposal(measured):
 
 def test_the_null_hypothesis_gives_up_on_the_wrong_ones_first(measured):
     plain, null = measured["slice and lobe (paper)"], measured["paper + null"]
-    used = null["null"] < 0.5
+    used = null["used"] > 0
     assert 0.5 < used.mean() < 1
     assert null["right"][used].mean() > right(plain) + 0.05
+
+
+def test_a_certain_guess_is_right_more_often(measured):
+    """By their odds half of the labels have a clear favourite, by the probability hardly any."""
+    plain, odds = measured["paper + null"], measured["paper + null + odds, certain"]
+    certain = odds["used"] > 0
+    assert 0.4 < certain.mean() < (plain["used"] > 0).mean()
+    assert odds["right"][certain].mean() > odds["right"].mean() + 0.1
+    assert certain.sum() > (plain["posterior"] > 0.5).sum() + 2
 
 
 def test_wrong_records_cost_and_the_noise_model_gives_some_of_it_back(measured):

@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from deepem import fit
+from deepem import fit, rounds
 from deepem.em import EmConfig
 from deepem.fit import TrainConfig
 from deepem.labelled import LabelledStudy, WeakStudy, patient_hash, weak_studies
 from deepem.model import load_model
 from deepem.nodule import CleanStatement, Lobe, Nodule, SliceConvention, WeakLabel
 from deepem.observation import LobeModel
+from deepem.scan import ScanCache
 from deepem.training import _Roles, train
 from deepem.volume import Study
 from deepem.weak_labels import Records
 
-EM = EmConfig(method="map", rounds=2, warm_start=0.5, clearance_mm=8)
+EM = EmConfig(rounds=2, warm_start=0.5, clearance_mm=8, null=0.0, certain=0.0)
 CONFIG = TrainConfig(
     steps=100, batch=3, patch=48, validate_times=4, learning_rate=2e-3, seed=1, em=EM
 )
@@ -70,10 +71,10 @@ def test_em_understands_the_records(trained, easy_studies):
 def test_every_round_is_logged_and_published_with_the_model(trained):
     out, result, seen = trained
     _, card = load_model(out)
-    rounds = [entry["em"] for entry in card.history if "em" in entry]
-    assert [one["round"] for one in rounds] == [1, 2] and card.history == result.history
-    assert all(one["scans"] == 3 and one["labels"] == 6 for one in rounds)
-    assert rounds[-1]["unexplained"] <= 0.5 and np.isfinite(rounds[-1]["entropy"])
+    logged = [entry["em"] for entry in card.history if "em" in entry]
+    assert [one["round"] for one in logged] == [1, 2] and card.history == result.history
+    assert all(one["scans"] == 3 and one["labels"] == 6 for one in logged)
+    assert logged[-1]["unexplained"] <= 0.5 and np.isfinite(logged[-1]["entropy"])
     assert card.training["em"]["method"] == "map" and card.training["em"]["rounds"] == 2
     assert card.data["weak_scans"] == 3 and card.data["weak_labels"] == 6
     assert len(card.data["training_patients"]) == 5
@@ -92,8 +93,8 @@ def state_at_the_end(roles, out, monkeypatch, on_progress=None):
     kept = {}
     original = fit.Run.start.__func__
 
-    def start(cls, *args):
-        kept["run"] = original(cls, *args)
+    def start(cls, *args, **more):
+        kept["run"] = original(cls, *args, **more)
         return kept["run"]
 
     with monkeypatch.context() as patched:
@@ -139,8 +140,60 @@ def test_without_a_marked_scan_records_judge_a_model_that_is_there(roles, traine
     _, weak, _ = roles
     result = train(SHORT, [], tmp_path, weak=weak, init=trained[0])
     assert "the records of 1 validation scans" in result.reason
-    assert [entry["em"]["scans"] for entry in result.history] == [2, 2]
+    assert [entry["em"]["scans"] for entry in result.history if "em" in entry] == [2, 2]
+    assert result.history[0]["step"] == 0 and "em" not in result.history[0]  # the start itself
     assert 0 <= result.cpm <= 1
+
+
+def teachers(roles, trained, tmp_path, monkeypatch, em):
+    """How a ruined training goes on: weights that propose in each round, by their fingerprint."""
+    labelled, weak, validation = roles
+    seen = []
+
+    def propose_all(network, *args):
+        seen.append(float(sum(parameter.sum() for parameter in network.parameters())))
+        return rounds.propose_all(network, *args)
+
+    monkeypatch.setattr(fit, "propose_all", propose_all)
+    config = replace(SHORT, learning_rate=0.3, em=em)  # forgets what it knew
+    result = train(config, labelled, tmp_path, weak=weak, validation=validation, init=trained[0])
+    return seen, result
+
+
+def test_the_best_network_proposes_and_a_ruined_one_is_not_published(
+    roles, trained, tmp_path, monkeypatch
+):
+    seen, result = teachers(roles, trained, tmp_path, monkeypatch, EM)
+    assert max(entry["cpm"] for entry in result.history[1:]) < result.history[0]["cpm"]
+    assert seen[0] == seen[1]
+    assert not result.published and "before the first step" in result.reason
+    assert not (tmp_path / "model.pt").exists()
+
+
+def test_the_newest_network_proposes_where_the_paper_is_asked_for(
+    roles, trained, tmp_path, monkeypatch
+):
+    em = replace(EM, best_proposes=False)
+    seen, _ = teachers(roles, trained, tmp_path, monkeypatch, em)
+    assert seen[0] != seen[1]
+
+
+def test_a_guess_that_is_not_certain_trains_nothing(roles, trained):
+    labelled, weak, _ = roles
+    cache = ScanCache(trained[0] / "cache")
+    found = rounds.propose_all(load_model(trained[0])[0], weak, cache, torch.device("cpu"), -3.0)
+    rows = {item.study.series_uid: rounds.to_rows(proposals) for item, proposals in found}
+
+    def chosen(certain):
+        em = replace(EM, certain=certain)
+        explained = rounds.explain_all(weak, rows, cache, rounds.first_model(em), em, 0, 1)
+        return [(item.posterior.posterior[row].max(), at)
+                for item in explained for row, at in enumerate(item.chosen)]  # fmt: skip
+
+    guesses = chosen(0.0)
+    limit = float(np.median([posterior for posterior, _ in guesses]))
+    assert all(at for _, at in guesses)
+    assert [bool(at) for _, at in chosen(limit)] == [p >= limit for p, _ in guesses]
 
 
 def test_what_is_missing_is_said(roles, tmp_path):

@@ -71,6 +71,17 @@ def test_a_missed_nodule_goes_to_the_null_hypothesis_if_it_may(cases):
     assert free.null[0] > 0.99 and most_probable(free) == [[]]
 
 
+def test_the_odds_tell_apart_what_the_probability_hardly_does(cases):
+    """Two proposals where the label says nothing: p = .88 and .98, odds 7.4 and 54.6."""
+    scan = cases[0][2]
+    two = [Proposal(Nodule((x, 0.0, 0.0), 8.0), logit) for x, logit in ((-40, 2.0), (40, 4.0))]
+    label = [WeakLabel("a", z_lps_mm=0.0)]
+    plain = explain(label, two, scan, MODEL).posterior[0]
+    assert plain[1] / plain[0] == pytest.approx((1 + np.exp(-2)) / (1 + np.exp(-4)))
+    odds = explain(label, two, scan, MODEL, odds=True).posterior[0]
+    assert odds[1] / odds[0] == pytest.approx(np.exp(2))
+
+
 def test_labels_must_be_in_patient_space(cases):
     label = WeakLabel("a", slice_number=3, slice_convention=SliceConvention.ONE_AT_HEAD)
     with pytest.raises(ValueError, match="slices as z_lps_mm"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepem.em import EmConfig, e_step
+from deepem.em import PAPER, EmConfig, e_step
 from deepem.errors import InputError
 from deepem.geometry import Grid
 from deepem.labelled import WeakStudy
@@ -58,9 +58,6 @@ def explained(log_weight, chosen, labels=None, null=0.0):
 THREE = np.log([[0.7, 0.28, 0.02]])
 
 
-PAPER = EmConfig(method="map", rejected=False)
-
-
 def test_map_of_the_paper_teaches_its_choice_and_spares_what_else_it_might_have_been():
     item = taught(explained(THREE, [[0]]), PAPER)
     assert [n.center_lps_mm[0] for n in item.nodules] == [-40, -20]
@@ -68,9 +65,16 @@ def test_map_of_the_paper_teaches_its_choice_and_spares_what_else_it_might_have_
     assert item.patient_id == "p"
 
 
-def test_what_the_posterior_rejects_is_taught_to_be_none():
-    item = taught(explained(THREE, [[0]]), replace(PAPER, rejected=True))
-    assert (item.weights, item.doubts) == ((1.0, 0.0, 0.0), (0.0, 1.0, 1.0))
+def test_only_what_no_label_can_mean_is_taught_to_be_none():
+    item = taught(explained(THREE, [[0]]), EmConfig())
+    assert (item.weights, item.doubts) == ((1.0, 0.0, 0.0), (0.0, 0.0, 1.0))
+
+
+def test_a_second_proposal_in_a_possible_nodule_is_not_taught_to_be_none():
+    item = explained(THREE, [[0]])
+    nested = Proposal(Nodule((-42, 0, -50), 4), 0.0)  # in the first, of 8 mm at -40
+    item = taught(replace(item, proposals=(*item.proposals[:2], nested)), EmConfig())
+    assert (item.weights, item.doubts) == ((1.0, 0.0), (0.0, 0.0))
 
 
 def test_sampling_teaches_the_mean_over_its_draws():
@@ -83,8 +87,7 @@ def test_sampling_teaches_the_mean_over_its_draws():
 def test_soft_teaches_the_posterior_and_no_proposal_more_than_once():
     config = EmConfig(method="soft")
     item = taught(explained(THREE, [[0, 1, 2]]), config)
-    assert item.weights == pytest.approx((0.7, 0.28, 0.02))
-    assert item.doubts == pytest.approx((0.3, 0.72, 0.98))
+    assert item.weights == pytest.approx((0.7, 0.28, 0.02)) and item.doubts == (0, 0, 0)
     twice = taught(explained(np.repeat(THREE, 2, 0), [[0, 1, 2], [0, 1, 2]]), config)
     assert twice.weights == pytest.approx((1.0, 0.56, 0.04))
 
@@ -94,13 +97,28 @@ def test_an_unexplained_label_teaches_nothing_false():
     assert not item.nodules and len(item.unsure_z_lps_mm) == 1
 
 
-def test_background_is_unsure_near_every_slice_and_everywhere_without_one():
+def test_in_the_paper_background_is_unsure_near_every_slice_and_everywhere_without_one():
     labels = [WeakLabel("s", z_lps_mm=-50.0), WeakLabel("s", z_lps_mm=-20.0)]
     log_weight = np.repeat(THREE, 2, 0)
-    item = taught(explained(log_weight, [[0], [0]], labels), EmConfig(clearance_mm=10))
+    item = taught(explained(log_weight, [[0], [0]], labels), replace(PAPER, clearance_mm=10))
     assert item.unsure_z_lps_mm == ((-60.0, -40.0), (-30.0, -10.0))
-    item = taught(explained(THREE, [[0]], [WeakLabel("s", Lobe.RUL)]), EmConfig())
+    item = taught(explained(THREE, [[0]], [WeakLabel("s", Lobe.RUL)]), PAPER)
     assert item.unsure_z_lps_mm == ((-math.inf, math.inf),)
+
+
+def test_around_a_nodule_that_is_known_the_rest_is_background():
+    labels = [WeakLabel("s", z_lps_mm=-50.0), WeakLabel("s", z_lps_mm=-20.0)]
+    config = EmConfig(clearance_mm=10)
+    unknown = [[-9.0, -9.0, -9.0]]  # three equals: none has half of the second label
+    item = explained(np.concatenate([THREE, unknown]), [[0], []], labels)
+    assert taught(item, config).unsure_z_lps_mm == ((-30.0, -10.0),)
+
+
+def test_nothing_is_taught_to_be_none_where_a_nodule_is_unknown():
+    far, near = (explained(THREE - 20, [[]], [WeakLabel("s", z_lps_mm=z)], null=0.1)
+                 for z in (-80.0, -50.0))  # fmt: skip
+    config = EmConfig(clearance_mm=10)
+    assert taught(far, config).doubts == (1, 1, 1) and taught(near, config).doubts == ()
 
 
 def test_a_clean_scan_is_background_everywhere():

@@ -123,6 +123,17 @@ def _parser() -> argparse.ArgumentParser:
                       help="of the case that the detector missed the nodule; 0: none")  # fmt: skip
     weak.add_argument("--joint", action=argparse.BooleanOptionalAction, default=EmConfig.joint,
                       help="no two labels describe one nodule")  # fmt: skip
+    weak.add_argument("--odds", action=argparse.BooleanOptionalAction, default=EmConfig.odds,
+                      help="weigh proposals by p / (1 - p), not by p")  # fmt: skip
+    weak.add_argument("--certain", type=float, default=EmConfig.certain, metavar="P",
+                      help="a proposal with less of a label is not taught to be its nodule; the "
+                      "paper: 0")  # fmt: skip
+    weak.add_argument("--best-proposes", action=argparse.BooleanOptionalAction,
+                      default=EmConfig.best_proposes,
+                      help="E-steps by the best network so far, not by the newest")  # fmt: skip
+    weak.add_argument("--rejected", action=argparse.BooleanOptionalAction,
+                      default=EmConfig.rejected,
+                      help="proposals that no label can mean are taught to be none")  # fmt: skip
     weak.add_argument("--size", action=argparse.BooleanOptionalAction, default=EmConfig.size,
                       help="reported diameters are evidence")  # fmt: skip
     weak.add_argument("--attenuation", action=argparse.BooleanOptionalAction,
@@ -170,6 +181,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--null", type=float, nargs="?", const=0.1, default=0.0, metavar="WEIGHT",
                      help="let the null hypothesis compete (without WEIGHT: 0.1)")  # fmt: skip
     one.add_argument("--joint", action="store_true", help="no two labels describe one nodule")
+    one.add_argument("--odds", action="store_true",
+                     help="weigh proposals by p / (1 - p), not by p")  # fmt: skip
     one.add_argument("--size", action="store_true", help="reported diameters are evidence too")
     one.add_argument("--attenuation", action="store_true", help="so is ground glass or solid")
     one.add_argument("--json", type=Path, required=True, metavar="OUT")
@@ -321,6 +334,10 @@ def _em(options: argparse.Namespace) -> EmConfig | None:
         scans_per_round=options.scans_per_round,
         null=options.null,
         joint=options.joint,
+        odds=options.odds,
+        certain=options.certain,
+        best_proposes=options.best_proposes,
+        rejected=options.rejected,
         size=options.size,
         attenuation=options.attenuation,
         wrong_lobe=options.wrong_lobe,
@@ -481,8 +498,9 @@ def _e_step(options: argparse.Namespace) -> int:
             scan = prepare(volume)
             proposals = detector.propose(scan) if detector else given.get(uid, [])
             posterior = explain(
-                labels, proposals, scan, model, null=options.null, joint=options.joint
-            )
+                labels, proposals, scan, model,
+                null=options.null, joint=options.joint, odds=options.odds,
+            )  # fmt: skip
             chosen = METHODS[options.method](posterior, rng)
             for row, label in enumerate(labels):
                 evidence = posterior.log_evidence[row]

@@ -215,11 +215,14 @@ class EmConfig:
     alone before the first round (0 where a model to start from is given). weak_share: of the
     patches of a step, since there are many more weak scans than strong ones. scans_per_round: as
     many weak scans are drawn for a round, all if there are fewer (the paper: 1/16 of 17,602).
-    null, joint: see `explain`. size, attenuation: what the record says of these is evidence, and
-    the size is taught. wrong_lobe, wrong_slice: assumed shares of wrong records. clearance_mm:
-    background this close to a reported slice teaches nothing. rejected: whether proposals are
-    taught to be none as far as the posterior is against them; the paper leaves them alone.
-    min_logit: of proposals (the paper: -3).
+    null, joint, odds: see `explain`. certain: a proposal with less of a label is not taught to be
+    its nodule (the paper: 0, the best guess is always taught). best_proposes: the E-step is done by
+    the network that was best on the validation scans so far, the start included, not by the newest
+    (the paper). size, attenuation: what the record says of these is evidence, and the size is
+    taught. wrong_lobe, wrong_slice: assumed shares of wrong records. clearance_mm: background this
+    close to a reported slice teaches nothing. rejected: whether proposals that no label can mean
+    are taught to be none, there too; the paper leaves them alone. min_logit: of proposals (the
+    paper: -3).
     """
 
     method: str = "map"
@@ -229,6 +232,9 @@ class EmConfig:
     scans_per_round: int = 200
     null: float = 0.1
     joint: bool = True
+    odds: bool = True
+    certain: float = 0.5
+    best_proposes: bool = True
     size: bool = True
     attenuation: bool = False
     wrong_lobe: float = 0.0
@@ -243,7 +249,7 @@ class EmConfig:
         for name in ("rounds", "scans_per_round"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
-        for name in ("warm_start", "wrong_lobe", "wrong_slice"):
+        for name in ("warm_start", "certain", "wrong_lobe", "wrong_slice"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a share in [0, 1), got {getattr(self, name)}")
         if not 0 < self.weak_share <= 1:
@@ -251,3 +257,9 @@ class EmConfig:
         for name in ("null", "clearance_mm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+
+
+PAPER = EmConfig(
+    null=0.0, joint=False, odds=False, certain=0.0, best_proposes=False, size=False, rejected=False
+)
+"""Zhu et al. 2018 without anything of ours."""

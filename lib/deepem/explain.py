@@ -22,12 +22,15 @@ def explain(
     *,
     null: float = 0.0,
     joint: bool = False,
+    odds: bool = False,
 ) -> Posterior:
     """Posterior of the labels of one scan over its proposals, in the order of both.
 
     labels: with their slices in patient space (`weak_labels.in_patient_space`); an unknown lobe or
     slice contributes no factor. null: weight of the null hypothesis, as the probability of a
-    proposal that fits the label perfectly and would be as likely; 0 switches it off.
+    proposal that fits the label perfectly and would be as likely; 0 switches it off. odds: weigh a
+    proposal by p / (1 - p) instead of the detector's p (Eq. 5, 6). That is "this one is the nodule
+    and the others are none", and still tells proposals apart that are all close to 1.
     """
     unplaced = [label for label in labels if label.to_be_placed]
     if unplaced:
@@ -35,7 +38,8 @@ def explain(
     z_lps_mm = np.array([np.nan if one.z_lps_mm is None else one.z_lps_mm for one in labels])
     center_lps_mm = np.array([one.nodule.center_lps_mm for one in proposals]).reshape(-1, 3)
     diameter_mm = np.array([one.nodule.diameter_mm for one in proposals])
-    log_prior = log_expit(np.array([one.logit for one in proposals], dtype=np.float64))
+    logit = np.array([one.logit for one in proposals], dtype=np.float64)
+    log_prior = logit if odds else log_expit(logit)  # the logit is the log of the odds
     hu = scan.mean_hu(center_lps_mm, diameter_mm)
     log_p = model.log_observation(labels, z_lps_mm, center_lps_mm, diameter_mm, scan.lungs, hu)
     peak = np.array([model.log_peak(label) for label in labels])

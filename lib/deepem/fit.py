@@ -157,11 +157,13 @@ class Run:
 
     phase: the one it is in. round: of EM, the last one that was begun, 0 before the first;
     proposals: of its E-step so far, `to_rows` by series; model: p(record | nodule) in this round.
+    best: the averaged weights with the best validation CPM so far, those it started from included.
     """
 
     def __init__(self, config: TrainConfig, network: NoduleNet, device: torch.device, file: Path,
-                 key: str):  # fmt: skip
+                 key: str, from_scratch: bool):  # fmt: skip
         self.config = config
+        self.from_scratch = from_scratch
         self.device = device
         self.network = network.to(device)
         self.averaged = AveragedModel(self.network, avg_fn=_moving_average, use_buffers=True)
@@ -189,12 +191,25 @@ class Run:
         torch.manual_seed(config.seed)
         network = load_model(init)[0] if init else NoduleNet(PRESETS[config.preset])
         start = fingerprint(network.state_dict())
-        run = cls(config, network, device, file, repr((config, data_fingerprint, start)))
+        key = repr((config, data_fingerprint, start))
+        run = cls(config, network, device, file, key, from_scratch=init is None)
         if config.em:
             run.model = first_model(config.em, diameter_mm)
         if file.exists():
             run._resume()
         return run
+
+    @property
+    def newest(self) -> NoduleNet:
+        """The network with averaged weights, as they are now."""
+        return cast(NoduleNet, self.averaged.module)
+
+    def best_network(self) -> NoduleNet:
+        """A copy of the network with the best weights so far, the newest before any are known."""
+        network = copy.deepcopy(self.newest)
+        if "weights" in self.best:
+            network.load_state_dict(self.best["weights"])
+        return network
 
     @property
     def fraction(self) -> float:
@@ -287,7 +302,9 @@ def fit(run: Run, materials: Materials, out: Path, report: Callable[[Progress], 
     Every round of EM writes ``out/rounds/NN.json``: all labels with posteriors and proposals.
     """
     phases = _phases(run.config)
-    loop = _Loop(run, out, report, len(phases))
+    loop = _Loop(run, out, report, len(phases) + (not run.from_scratch))
+    if not run.from_scratch and not run.history:
+        loop.validate(materials.judge, 0, [])
     explained: list[Explained] = []
     while run.phase < len(phases):
         phase = phases[run.phase]
@@ -381,8 +398,8 @@ class _Loop:
             run.save()
         weak = drawn(materials.weak, config, seed, number)
         missing = [item for item in weak if item.study.series_uid not in run.proposals]
-        network = fused(copy.deepcopy(cast(NoduleNet, run.averaged.module)))
-        found = propose_all(network, missing, cache, run.device, config.min_logit)
+        teacher = run.best_network() if config.best_proposes else copy.deepcopy(run.newest)
+        found = propose_all(fused(teacher), missing, cache, run.device, config.min_logit)
         for done, (item, proposals) in enumerate(found, len(weak) - len(missing) + 1):
             if isinstance(proposals, InputError):
                 logger.warning("skipped: %s", proposals)
@@ -406,7 +423,7 @@ class _Loop:
         run = self.run
         self._tell("validating")
         loss = float(np.mean(self._losses)) if self._losses else math.nan
-        froc = judge(cast(NoduleNet, run.averaged.module))
+        froc = judge(run.newest)
         sensitivity = [round(float(value), 6) for value in froc.sensitivity]
         entry: dict[str, Any] = {
             "step": run.step,
@@ -428,12 +445,13 @@ class _Loop:
         logger.info("step %d: loss %.4f, validation CPM %.3f", run.step, loss, froc.cpm)
         if froc.cpm > run.best["cpm"]:
             run.best = {
+                "step": run.step,
                 "cpm": float(froc.cpm),
                 "sensitivity": sensitivity,
                 "fp_per_scan": [float(rate) for rate in froc.fp_per_scan],
                 "weights": {
                     name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-                    for name, tensor in run.averaged.module.state_dict().items()
+                    for name, tensor in run.newest.state_dict().items()
                 },
             }
         self._losses.clear()

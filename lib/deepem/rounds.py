@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.spatial.distance import cdist
 
 from deepem.detector import propose
 from deepem.em import METHODS, EmConfig, Posterior
@@ -36,6 +37,9 @@ _ENOUGH_NODULES = 30
 
 _POSSIBLE = 0.05
 """A proposal with this much of a label, chosen or not, is never taught to be no nodule."""
+
+_KNOWN = 0.5
+"""A label of which one chosen proposal has so much is understood: its nodule is not unknown."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,10 +120,14 @@ def explain_all(
             continue
         scan, proposals = cache.get(item.study), from_rows(rows[uid])
         posterior = explain(
-            item.labels, proposals, scan, model, null=config.null, joint=config.joint
-        )
+            item.labels, proposals, scan, model,
+            null=config.null, joint=config.joint, odds=config.odds,
+        )  # fmt: skip
         rng = np.random.default_rng([seed, number, zlib.crc32(uid.encode())])
-        chosen = METHODS[config.method](posterior, rng)
+        chosen = [
+            [at for at in choice if posterior.posterior[row, at] >= config.certain]
+            for row, choice in enumerate(METHODS[config.method](posterior, rng))
+        ]
         explained.append(Explained(scan, item, tuple(proposals), posterior, chosen))
     return explained
 
@@ -127,12 +135,12 @@ def explain_all(
 def taught(explained: Explained, config: EmConfig) -> LabelledScan:
     """What one scan teaches: the chosen proposals as nodules, and where it teaches nothing.
 
-    Weights are the posterior for ``soft``, else the share of a label's draws (Eq. 7). With
-    ``config.rejected`` every proposal is taught to be none by what is left of 1: with ``soft`` that
-    is the expected log likelihood of the whole scan. Without, proposals that might be a reported
-    nodule but were not chosen teach nothing (Eq. 4). With ``config.size`` a nodule has the diameter
-    that was reported. Near a reported slice, or anywhere in a scan
-    whose label has none, nothing else is background.
+    Weights are the posterior for ``soft``, else the share of a label's draws (Eq. 7). A proposal
+    that might be a reported nodule but was not chosen teaches nothing (Eq. 4), nor does anything
+    else near a reported slice, or anywhere in a scan whose label has none. With ``config.rejected``
+    that is so for labels alone whose nodule is still unknown: all other proposals are taught to be
+    none, but for those that lie in one that might be a nodule. With ``config.size`` a nodule has
+    the diameter that was reported.
     """
     posterior = explained.posterior.posterior
     weight = np.zeros_like(posterior)
@@ -142,16 +150,34 @@ def taught(explained: Explained, config: EmConfig) -> LabelledScan:
         elif chosen:
             np.add.at(weight[row], chosen, 1 / _draws(config.method))
     total = weight.sum(0).clip(max=1.0)
-    doubt = 1 - total if config.rejected else np.zeros_like(total)
-    rows = np.flatnonzero((total > 0) | (doubt > 0) | (posterior >= _POSSIBLE).any(0))
+    possible = (total > 0) | (posterior >= _POSSIBLE).any(0)
+    unsure_z_mm = [
+        _unsure(label, config.clearance_mm)
+        for row, (label, chosen) in enumerate(zip(explained.labels, explained.chosen, strict=True))
+        if not (config.rejected and posterior[row, chosen].max(initial=0) >= _KNOWN)
+    ]
+    ruled_out = np.zeros_like(possible)
+    if config.rejected:
+        z_mm = np.array([one.nodule.center_lps_mm[2] for one in explained.proposals])
+        low, high = np.reshape(unsure_z_mm, (-1, 2)).T[..., None]
+        unsure = ((z_mm >= low) & (z_mm <= high)).any(0)
+        ruled_out = ~possible & ~unsure & ~_inside(explained.proposals, possible)
+    rows = np.flatnonzero(possible | ruled_out)
     return LabelledScan(
         explained.scan,
         tuple(_as_reported(explained, at, config) for at in rows),
         explained.study.study.patient_id,
         tuple(total[rows].tolist()),
-        tuple(doubt[rows].tolist()),
-        tuple(_unsure(label, config.clearance_mm) for label in explained.labels),
+        tuple(ruled_out[rows].astype(float).tolist()),
+        tuple(unsure_z_mm),
     )
+
+
+def _inside(proposals: Sequence[Proposal], which: np.ndarray) -> np.ndarray:
+    """(P,) bool: whose centre lies in one of the proposals ``which`` (P,)."""
+    center = np.reshape([one.nodule.center_lps_mm for one in proposals], (-1, 3))
+    radius = np.array([one.nodule.diameter_mm for one in proposals]) / 2
+    return (cdist(center, center[which]) < radius[which]).any(1)
 
 
 def _as_reported(explained: Explained, at: int, config: EmConfig) -> Nodule:

@@ -71,7 +71,8 @@ def train(
     weak: scans with records, for EM (``config.em``); a scan that is labelled counts as such alone.
     validation: scans to be judged on; without it a share of the patients is held out, and where
     fewer than two patients have marked nodules, a share of those with records. init: model to start
-    from (its network then counts, not ``config.preset``, and EM begins at once). served: the model
+    from (its network then counts, not ``config.preset``, and EM begins at once); where no step
+    makes it better, nothing is published. served: the model
     to beat, by default the one that would be replaced. cache: of prepared scans, by default
     ``out/cache``; trainings on the same scans may share one. The averaged weights with the best
     validation CPM are the candidate; a tie keeps the served model.
@@ -120,8 +121,8 @@ def train(
         served_cpm = judge(load_model(served)[0].to(device)).cpm
     best = run.best
     result = TrainResult(
-        published=best["cpm"] > max(served_cpm or 0.0, 0.0),
-        reason=_verdict(best["cpm"], served_cpm, scans),
+        published=best["step"] > 0 and best["cpm"] > max(served_cpm or 0.0, 0.0),
+        reason=_verdict(best, served_cpm, scans),
         cpm=best["cpm"],
         served_cpm=served_cpm,
         history=run.history,
@@ -279,10 +280,13 @@ def _patients_of(model: Path | None) -> frozenset[str]:
     return frozenset(load_model(model)[1].data["training_patients"]) if model else frozenset()
 
 
-def _verdict(cpm: float, served_cpm: float | None, scans: _Scans) -> str:
+def _verdict(best: dict[str, Any], served_cpm: float | None, scans: _Scans) -> str:
+    cpm = best["cpm"]
     measured = f"CPM {cpm:.3f} on {scans.judges}"
     if cpm <= 0:
         return f"not published: {measured}, nothing was found"
+    if best["step"] == 0:
+        return f"not published: {measured} before the first step, nothing better after it"
     if served_cpm is None:
         return f"published: {measured}, no model was served before"
     better = "published" if cpm > served_cpm else "not published"

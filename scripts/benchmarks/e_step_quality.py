@@ -29,7 +29,7 @@ from em_study import (
     warm_start,
 )
 
-from deepem.em import EmConfig
+from deepem.em import PAPER, EmConfig
 from deepem.errors import InputError
 from deepem.figures import coverage_plot
 from deepem.files import atomic_path, write_json
@@ -40,7 +40,7 @@ from deepem.nodule import Lobe, WeakLabel
 from deepem.rounds import explain_all, first_model, propose_all, to_rows
 from deepem.scan import ScanCache
 
-PLAIN = EmConfig(method="map", null=0.0, joint=False, size=False, rejected=False)
+FOUND = ("proposed", "right", "used", "posterior", "null")
 
 
 @dataclass(frozen=True)
@@ -86,25 +86,32 @@ def each_label(
     return [replace(item, labels=tuple(map(change, item.labels))) for item in weak]
 
 
-NULL, ALL = replace(PLAIN, null=0.1), EmConfig(method="map")
+NULL, ALL = replace(PAPER, null=0.1), EmConfig()
 VARIANTS = (
-    Variant("detector alone", PLAIN, ()),
-    Variant("+ slice", PLAIN, ("z_lps_mm",)),
-    Variant("+ lobe", PLAIN, ("lobe",)),
-    Variant("slice and lobe (paper)", PLAIN),
+    Variant("detector alone", PAPER, ()),
+    Variant("+ slice", PAPER, ("z_lps_mm",)),
+    Variant("+ lobe", PAPER, ("lobe",)),
+    Variant("slice and lobe (paper)", PAPER),
     Variant("paper + null", NULL),
+    Variant("paper + odds", replace(PAPER, odds=True)),
     Variant("paper + null + joint", replace(NULL, joint=True)),
     Variant("paper + null + size", replace(NULL, size=True)),
     Variant("paper + null + attenuation", replace(NULL, attenuation=True)),
+    Variant("paper + null + odds", replace(NULL, odds=True)),
+    Variant("paper + null + odds, certain", replace(NULL, odds=True, certain=ALL.certain)),
     Variant("all (default of training)", ALL),
-    Variant("20 % wrong lobes: paper", PLAIN, noise=wrong_lobes(0.2)),
-    Variant("20 % wrong lobes: all", ALL, noise=wrong_lobes(0.2)),
-    Variant("20 % wrong lobes: all + noise model", replace(ALL, wrong_lobe=0.2),
-            noise=wrong_lobes(0.2)),
-    Variant("slices off by 5 mm: paper", PLAIN, noise=shifted_slices(5)),
-    Variant("slices off by 5 mm: all", ALL, noise=shifted_slices(5)),
-    Variant("slices off by 5 mm: all + noise model", replace(ALL, wrong_slice=0.5),
-            noise=shifted_slices(5)),
+    *(
+        Variant(f"{100 * share:.0f} % wrong lobes: {name}", config, noise=wrong_lobes(share))
+        for share in (0.1, 0.2, 0.4)
+        for name, config in (("paper", PAPER), ("all", ALL),
+                             ("all + noise model", replace(ALL, wrong_lobe=share)))
+    ),
+    *(
+        Variant(f"slices off by {sigma_mm:g} mm: {name}", config, noise=shifted_slices(sigma_mm))
+        for sigma_mm in (2.5, 5.0, 10.0)
+        for name, config in (("paper", PAPER), ("all", ALL),
+                             ("all + noise model", replace(ALL, wrong_slice=0.5)))
+    ),
 )  # fmt: skip
 
 
@@ -133,7 +140,7 @@ def measure(work: Path, size: Size, seed: int, model: Path | None) -> dict[str, 
     rows = {
         item.study.series_uid: to_rows(found)
         for item, found in propose_all(network, scans.weak, cache, torch.device("cpu"),
-                                       PLAIN.min_logit)
+                                       EmConfig.min_logit)
         if not isinstance(found, InputError)
     }  # fmt: skip
     return {
@@ -150,7 +157,10 @@ def quality(
     variant: Variant,
     seed: int,
 ) -> dict[str, list[float]]:
-    """For every label: whether its nodule is proposed, whether the pick is right, and the null."""
+    """For every label: whether its nodule is proposed, the best guess right, and used for training.
+
+    posterior: of that guess; null: of the null hypothesis.
+    """
     truth = {item.study.series_uid: item.nodules for item in hidden}
     told = variant.noise(weak, np.random.default_rng([seed, 2])) if variant.noise else weak
     hide: dict[str, Any] = dict.fromkeys(
@@ -160,7 +170,7 @@ def quality(
     model = first_model(variant.config)
     explained = explain_all(told, rows, cache, model, variant.config, seed, 1)
     original = {item.study.series_uid: item.labels for item in weak}
-    found: dict[str, list[float]] = {"proposed": [], "right": [], "null": []}
+    found: dict[str, list[float]] = {name: [] for name in FOUND}
     for item in explained:
         uid = item.scan.series_uid
         for at, label in enumerate(original[uid]):
@@ -168,6 +178,8 @@ def quality(
             row = item.posterior.posterior[at]
             found["proposed"].append(float(hits.any()))
             found["right"].append(float(bool(len(row)) and bool(hits[row.argmax()])))
+            found["used"].append(float(bool(item.chosen[at])))
+            found["posterior"].append(float(row.max()) if len(row) else 0.0)
             found["null"].append(float(item.posterior.null[at]))
     return found
 
@@ -175,8 +187,7 @@ def quality(
 def write_report(out: Path, size: Size, results: list[dict[str, Any]]) -> None:
     pooled = {
         variant.name: {
-            key: np.concatenate([result[variant.name][key] for result in results])
-            for key in ("proposed", "right", "null")
+            key: np.concatenate([result[variant.name][key] for result in results]) for key in FOUND
         }
         for variant in VARIANTS
     }
@@ -185,7 +196,7 @@ def write_report(out: Path, size: Size, results: list[dict[str, Any]]) -> None:
         f"{len(results)} seeds, {len(proposed)} labels of {size.weak} weak mini phantoms each; "
         f"{proposed.mean():.0%} of the nodules are among the proposals. Precision: share of used "
         "labels whose most probable proposal hits the nodule (mean over the seeds, lowest and "
-        "highest); used: null below one half.",
+        "highest); used: what teaches a nodule.",
         "",
         "| E-step | precision | labels used | right picks of all labels |",
         "|---|---|---|---|",
@@ -193,14 +204,13 @@ def write_report(out: Path, size: Size, results: list[dict[str, Any]]) -> None:
     for variant in VARIANTS:
         each = []
         for result in results:
-            right, null = (np.array(result[variant.name][key]) for key in ("right", "null"))
-            used = null < 0.5
+            right, used = (np.array(result[variant.name][key]) > 0 for key in ("right", "used"))
             each.append((right[used].mean(), used.mean(), (right * used).mean()))
         precision, used, picked = np.array(each).T
         spread = f"{precision.mean():.2f} ({precision.min():.2f} to {precision.max():.2f})"
         lines.append(f"| {variant.name} | {spread} | {used.mean():.2f} | {picked.mean():.2f} |")
     curves = {name: coverage_against_precision(pooled[name]) for name in
-              ("paper + null", "paper + null + joint", "paper + null + size",
+              ("slice and lobe (paper)", "paper + null", "paper + null + odds",
                "all (default of training)")}  # fmt: skip
     coverage_plot(curves, out / "e_step_quality.png")
     write_json(out / "e_step_quality.json", {"machine": machine(), "runs": results})
@@ -210,8 +220,8 @@ def write_report(out: Path, size: Size, results: list[dict[str, Any]]) -> None:
 
 
 def coverage_against_precision(found: dict[str, np.ndarray]) -> list[tuple[float, float]]:
-    """(share of labels used, precision) for every limit on the null, most trusted labels first."""
-    right = found["right"][np.argsort(found["null"], kind="stable")]
+    """(share of labels used, precision) for every limit on the posterior of the best guess."""
+    right = found["right"][np.argsort(-found["posterior"], kind="stable")]
     count = np.arange(1, len(right) + 1)
     return list(zip((count / len(right)).tolist(), (right.cumsum() / count).tolist(), strict=True))
 

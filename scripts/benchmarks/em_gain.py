@@ -29,15 +29,14 @@ from em_study import (
     warm_start,
 )
 
-from deepem.em import EmConfig
+from deepem.em import PAPER, EmConfig
 from deepem.figures import differences_plot
 from deepem.files import atomic_path, write_json
 
-PAPER = EmConfig(null=0.0, joint=False, size=False, rejected=False)
 ARMS = (
     Arm("strong-only"),
     Arm("oracle", oracle=True),
-    Arm("MAP (paper)", replace(PAPER, method="map")),
+    Arm("MAP (paper)", PAPER),
     Arm("sampling (paper)", replace(PAPER, method="sampling")),
     Arm("soft", replace(PAPER, method="soft")),
     Arm("MAP, extended", EmConfig()),

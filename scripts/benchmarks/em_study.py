@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -146,12 +147,15 @@ def run_arm(work: Path, size: Size, seed: int, arm: Arm) -> dict[str, Any]:
         warm_start(work, size, seed),
         marked(work / "phantoms" / "validation", size.validation),
     )
+    started = time.monotonic()
     result = train(config, labelled, out, weak=weak, validation=validation, init=init,
                    cache=work / "cache")  # fmt: skip
+    minutes = round((time.monotonic() - started) / 60, 2)
     test, _ = load_labelled(
         marked(work / "phantoms" / "test", size.test), ScanCache(work / "cache")
     )
-    network, card = load_model(out)
+    # Where no step was better on the validation scans than the start, the start is the result.
+    network, _ = load_model(out if result.published else init)
     predictions = predictions_of(network, test, torch.device("cpu"))
     annotations = {item.scan.series_uid: list(item.nodules) for item in test}
     froc = evaluate(annotations, predictions, list(annotations))
@@ -162,7 +166,7 @@ def run_arm(work: Path, size: Size, seed: int, arm: Arm) -> dict[str, Any]:
         "em": arm.em and asdict(arm.em),
         "test": froc.report(),
         "validation_cpm": result.cpm,
-        "minutes": card.training["minutes_measured"],
+        "minutes": minutes,
         "rounds": [
             entry["em"] | picks(out / "rounds" / f"{entry['em']['round']:02d}.json", scans.hidden)
             for entry in result.history
@@ -177,8 +181,7 @@ def picks(file: Path, hidden: Sequence[LabelledStudy]) -> dict[str, float]:
     """What a round of EM chose, against the truth.
 
     recall: share of labels whose nodule is among the proposals at all. coverage: share of labels
-    that EM used (null below one half). precision: share of these whose most probable proposal hits
-    the nodule.
+    that teach a nodule. precision: share of these whose most probable proposal hits the nodule.
     """
     truth = {item.study.series_uid: item.nodules for item in hidden}
     there, used, right = [], [], []
@@ -187,8 +190,8 @@ def picks(file: Path, hidden: Sequence[LabelledStudy]) -> dict[str, float]:
         for label in scan["labels"]:
             hits = hits_of(proposals, nodule_of(label["z_lps_mm"], truth[scan["seriesuid"]]))
             there.append(hits.any())
-            used.append(label["null"] < 0.5 and len(hits) > 0)
-            if used[-1]:
+            used.append(bool(label["chosen"]))
+            if label["chosen"]:
                 right.append(hits[int(np.argmax(label["posterior"]))])
     return {
         "recall": float(np.mean(there)),

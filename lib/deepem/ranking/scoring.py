@@ -102,8 +102,9 @@ def _under_model(
 ) -> tuple[RecordEvidence, ...]:
     config = EmConfig()
     posterior = explain(
-        told.labels, proposals, scan, first_model(config), null=config.null, joint=config.joint
-    )
+        told.labels, proposals, scan, first_model(config),
+        null=config.null, joint=config.joint, odds=config.odds,
+    )  # fmt: skip
     rows = zip(told.words, posterior.entropy, posterior.null, strict=True)
     return tuple(RecordEvidence(says, float(h), float(missed)) for says, h, missed in rows)
 
