@@ -18,6 +18,7 @@ from deepem.observation import LOBES, SliceModel
 from deepem.patches import LabelledScan, PatchSampler
 from deepem.rounds import (
     Explained,
+    certain_ones,
     drawn,
     first_model,
     from_rows,
@@ -112,6 +113,18 @@ def test_around_a_nodule_that_is_known_the_rest_is_background():
     unknown = [[-9.0, -9.0, -9.0]]  # three equals: none has half of the second label
     item = explained(np.concatenate([THREE, unknown]), [[0], []], labels)
     assert taught(item, config).unsure_z_lps_mm == ((-30.0, -10.0),)
+
+
+def test_a_young_detector_teaches_its_best_guesses_alone():
+    weak_guess = np.log([[0.3, 0.25, 0.25]])  # and 0.2 for the null hypothesis
+    scans = [explained(THREE, [[0]])]  # .7
+    scans += [explained(weak_guess - at / 10, [[0]], null=0.2) for at in range(9)]
+    assert [item.chosen for item in certain_ones(scans[:3], 0.5)] == [[[0]], [[]], [[]]]
+    assert [item.chosen for item in certain_ones(scans, 0.5)] == [[[0]]] * 3 + [[[]]] * 7
+    against_the_null = [replace(item, chosen=[[]]) for item in scans]
+    assert [item.chosen for item in certain_ones(against_the_null, 0.9)] == [[[0]]] * 3 + [[[]]] * 7
+    nothing = [explained(THREE - 90, [[]], null=1.0)]  # and no weight at all is no guess
+    assert certain_ones(nothing, 0.5)[0].chosen == [[]] or nothing[0].posterior.posterior.any()
 
 
 def test_nothing_is_taught_to_be_none_where_a_nodule_is_unknown():

@@ -216,13 +216,14 @@ class EmConfig:
     patches of a step, since there are many more weak scans than strong ones. scans_per_round: as
     many weak scans are drawn for a round, all if there are fewer (the paper: 1/16 of 17,602).
     null, joint, odds: see `explain`. certain: a proposal with less of a label is not taught to be
-    its nodule (the paper: 0, the best guess is always taught). best_proposes: the E-step is done by
-    the network that was best on the validation scans so far, the start included, not by the newest
-    (the paper). size, attenuation: what the record says of these is evidence, and the size is
-    taught. wrong_lobe, wrong_slice: assumed shares of wrong records. clearance_mm: background this
-    close to a reported slice teaches nothing. rejected: whether proposals that no label can mean
-    are taught to be none, there too; the paper leaves them alone. min_logit: of proposals (the
-    paper: -3).
+    its nodule, but for the best three labels in ten (the paper: 0, every best guess is taught).
+    best_proposes: the E-step is done by the network that was best on the validation scans so far,
+    the start included, not by the newest (the paper). size, attenuation: what the record says of
+    these is evidence, and the size is taught. wrong_lobe, wrong_slice: assumed shares of wrong
+    records. clearance_mm: background this close to a reported slice teaches nothing. rejected:
+    where the reported nodule is known by now the rest is background all the same, and proposals
+    that no label can mean are taught to be none (the paper leaves them alone). min_logit: of
+    proposals (the paper: -3).
     """
 
     method: str = "map"

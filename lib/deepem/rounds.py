@@ -38,6 +38,9 @@ _ENOUGH_NODULES = 30
 _POSSIBLE = 0.05
 """A proposal with this much of a label, chosen or not, is never taught to be no nodule."""
 
+_AT_LEAST = 0.3
+"""Of the labels of a round teach a nodule, however uncertain."""
+
 _KNOWN = 0.5
 """A label of which one chosen proposal has so much is understood: its nodule is not unknown."""
 
@@ -124,12 +127,31 @@ def explain_all(
             null=config.null, joint=config.joint, odds=config.odds,
         )  # fmt: skip
         rng = np.random.default_rng([seed, number, zlib.crc32(uid.encode())])
-        chosen = [
-            [at for at in choice if posterior.posterior[row, at] >= config.certain]
-            for row, choice in enumerate(METHODS[config.method](posterior, rng))
-        ]
+        chosen = METHODS[config.method](posterior, rng)
         explained.append(Explained(scan, item, tuple(proposals), posterior, chosen))
-    return explained
+    return certain_ones(explained, config.certain) if config.certain else explained
+
+
+def certain_ones(explained: Sequence[Explained], certain: float) -> list[Explained]:
+    """The same without the choices that have less than ``certain`` of their label.
+
+    A young detector is certain of nothing. Then the best guesses of three labels in ten stay, also
+    against the null hypothesis: easy ones first (Kumar et al. 2010, self-paced learning).
+    """
+    best = [row.max(initial=0.0) for item in explained for row in item.posterior.posterior]
+    enough = math.ceil(_AT_LEAST * len(best))
+    limit = min(certain, sorted(best)[-enough]) if best else certain
+
+    def kept(row: np.ndarray, choice: list[int]) -> list[int]:
+        left = [at for at in choice if row[at] >= limit]
+        if not left and limit < certain and row.max(initial=0.0) >= limit > 0:
+            return [int(row.argmax())]
+        return left
+
+    return [
+        replace(item, chosen=list(map(kept, item.posterior.posterior, item.chosen)))
+        for item in explained
+    ]
 
 
 def taught(explained: Explained, config: EmConfig) -> LabelledScan:
