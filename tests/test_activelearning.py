@@ -194,6 +194,16 @@ def test_a_new_ranking_counts_at_once_and_an_old_one_is_not_read_again(many, mon
     assert ask(many, "cid") == "e"
 
 
+def test_rankings_are_in_memory_before_the_first_question(many, load, monkeypatch):
+    for at, strategy in enumerate(STRATEGIES):
+        rank_as(many, strategy, "abcdeab"[at])
+    app = load()
+    ranked = sys.modules["lib.activelearning.ranked"]
+    monkeypatch.setattr(ranked, "read_ranking", lambda file: pytest.fail("read only now"))
+    for at, strategy in enumerate(list(STRATEGIES)[:5]):
+        assert ask(app, f"c{at}", strategy) == "abcdeab"[at]
+
+
 def test_a_ranking_that_is_none_is_told_and_does_no_harm(many, caplog):
     rank_as(many, DEFAULT, "c")
     file = Path(many.app_dir) / "model" / MODEL / "ranking" / f"{DEFAULT}.csv"

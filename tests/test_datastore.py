@@ -148,6 +148,23 @@ def test_a_file_that_is_only_half_written_is_no_scan_and_an_old_one_goes(open_st
     assert fresh.exists()  # somebody may be writing it
 
 
+def test_half_an_earlier_version_of_a_killed_save_goes_and_whole_ones_stay(
+    open_store, submit, studies
+):
+    store = open_store()
+    submit(store, "one")
+    submit(store, "two")
+    versions = studies / "labels" / "final" / "versions" / SCAN
+    leftover, fresh = versions / ".0123abcd.0002.json", versions / ".4567cdef.0002.json"
+    for file in (leftover, fresh):
+        file.write_text("half a ")
+    for file in (leftover, versions / "0001.json"):
+        os.utime(file, (0, 0))
+    store.refresh()
+    assert {file.name for file in versions.iterdir()} == {"0001.json", fresh.name}
+    assert (versions / "0001.json").read_text() == "one"
+
+
 def test_who_only_learns_sees_everything_and_writes_nothing(open_store, submit, studies):
     server, learner = open_store(), open_store(read_only=True)
     submit(server, "a label")

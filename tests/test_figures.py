@@ -149,8 +149,20 @@ def test_training_plot_averages_seeds_where_all_of_them_measured(drawn, tmp_path
     mean = axes.lines[2]
     np.testing.assert_allclose(mean.get_xdata(), [0, 100])
     np.testing.assert_allclose(mean.get_ydata(), [0.1, 0.5])
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    (legend,) = drawn.figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
     assert labels == ["em (2 seeds, last 0.500)", "none (0 seeds)"]
+
+
+def test_the_legend_of_training_curves_never_covers_them(drawn, tmp_path):
+    """Curves may run anywhere in the axes, so it stands outside, and still in the picture."""
+    runs = {f"strategy number {at}": [[(0, 0.1), (100, 0.1)]] for at in range(8)}
+    figures.training_plot(runs, tmp_path / "t.png")
+    (axes,), (legend,) = drawn.figure.axes, drawn.figure.legends
+    place = legend.get_window_extent()
+    assert not place.overlaps(axes.get_tightbbox())
+    assert drawn.figure.bbox.x0 <= place.x0 and place.x1 <= drawn.figure.bbox.x1
+    assert drawn.figure.bbox.y0 <= place.y0
 
 
 def test_a_real_ct_looks_the_same_however_it_is_stored(real_data, tmp_path):

@@ -88,8 +88,9 @@ def training_plot(
     label: of the steps, where they are something else.
 
     Each seed is a thin line; the thick line is their mean at the steps that all of them measured.
+    The legend stands below the axes, since curves may run anywhere in them.
     """
-    figure, (axes,) = _figure(1, 1, width=6.4, height=4.2)
+    figure, (axes,) = _figure(1, 1, width=6.4, height=4.2 + 0.13 * len(runs))
     for number, (name, seeds) in enumerate(runs.items()):
         color = f"C{number}"
         histories = [dict(history) for history in seeds]
@@ -105,7 +106,7 @@ def training_plot(
     axes.set_xlabel(label)
     _unit_axis(axes, "CPM (mean sensitivity)")
     if runs:
-        axes.legend(loc="lower right", frameon=False)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     _save(figure, path)
 
 

@@ -22,11 +22,16 @@ _ANONYMOUS = ""
 
 
 class Rankings:
-    """The rankings in ``folder``, one table for each strategy, read again only when it changed."""
+    """The rankings in ``folder``, one table for each strategy, read again only when it changed.
+
+    Those that are there are read at once, so that the first who asks does not wait for it.
+    """
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._read: dict[str, tuple[int, dict[str, Place]]] = {}
+        for file in folder.glob(ranking_file(folder, "*").name):
+            self.of(file.stem)
 
     def of(self, strategy: str) -> Mapping[str, Place]:
         """Every scan that was scored, by id, in order; empty before the first scoring."""

@@ -269,8 +269,13 @@ class LocalStore(LocalDatastore):
         return files
 
     def _sweep(self) -> None:
-        """Delete what processes left that were killed while they wrote."""
-        folders = [self._image_folder, *Path(self._datastore.label_path(None)).iterdir()]
+        """Delete what processes left that were killed while they wrote.
+
+        An earlier version has the date of its label, so a new one may look old while it is written;
+        but whoever writes one holds the lock, as this does.
+        """
+        labels = Path(self._datastore.label_path(None))
+        folders = [self._image_folder, *labels.iterdir(), *labels.glob(f"*/{VERSIONS}/*")]
         for folder in filter(Path.is_dir, folders):
             for file in folder.glob(".*"):
                 if (
