@@ -67,7 +67,9 @@ def measure(folder: Path, scans: int, calls: int) -> dict[str, dict[str, float]]
     write_ranking(ranking, [Ranked(names[at], rank, 1 / rank, WHY)
                             for rank, at in enumerate(order, 1)])  # fmt: skip
     settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD = False
-    app = app_instance(str(folder / "app"), str(studies), {"skip_scoring": "true"})
+    settings.MONAI_LABEL_APP_DIR, settings.MONAI_LABEL_STUDIES = str(folder / "app"), str(studies)
+    settings.MONAI_LABEL_APP_CONF = {"skip_scoring": "true"}
+    app = app_instance()
     strategy, datastore, stock = app._strategies[DEFAULT], app.datastore(), Random()
 
     def request() -> None:
