@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "scripts" / "benchmarks"
+from deepem.tables import write_annotations
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "scripts" / "benchmarks"
+SHIPPED = ROOT / "apps" / "deepem_app" / "model" / "pretrained_nodule_detection.pt"
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +35,39 @@ def test_labels_needed_lie_on_the_line_between_two_rounds(campaign):
     assert campaign.labels_needed(curve, 0.3) == pytest.approx(7)
     assert campaign.labels_needed(curve, 0.1) == 4
     assert campaign.labels_needed(curve, 0.5) is None
+
+
+def test_a_campaign_on_folders_runs_to_its_report(campaign, easy_studies, tmp_path):
+    """LUNA16's tables beside the scans, patients apart, from a model that is there."""
+    annotations = {item.study.series_uid: item.nodules for item in easy_studies}
+    write_annotations(tmp_path / "annotations.csv", annotations)
+    source = campaign.Source(
+        tmp_path / "work", easy_studies[0].study.path.parent, tmp_path / "annotations.csv"
+    )
+    size = campaign.Size(pool=4, start=1, per_round=1, rounds=2, validation=1, test=1, steps=1)
+    cast = campaign.cast_of(source, size, 0)
+    start = source.work / "seed0" / "start"
+    start.mkdir(parents=True)
+    shutil.copy(SHIPPED, start / "model.pt")
+    froc = {"cpm": 0.1, "scans": 1, "nodules": 2}
+    report = {"labelled": cast.start, "nodules": 2, "test": froc}
+    (start / "result.json").write_text(json.dumps(report))
+    results = {
+        (name, 0): campaign.run_campaign(source, size, 0, name)
+        for name in ("foreground", "shuffle")
+    }
+    for rounds in results.values():
+        assert [len(one["labelled"]) for one in rounds] == [1, 2, 3]
+        assert [one["nodules"] for one in rounds] == [2, 4, 6]
+        assert {*rounds[-1]["labelled"]} < {item.study.series_uid for item in cast.pool}
+    seen = [{item.study.series_uid for item in role}
+            for role in (cast.pool, cast.validation, cast.test)]  # fmt: skip
+    assert [len(role) for role in seen] == [4, 1, 1] and len(set.union(*seen)) == 6
+    again = campaign.run_campaign(source, size, 0, "shuffle")  # nothing is done twice
+    assert again == results["shuffle", 0]
+    campaign.write_report(tmp_path, size, results)
+    assert "not measured" in (tmp_path / "campaign.md").read_text()
+    assert (tmp_path / "campaign.png").is_file()
 
 
 def test_the_report_compares_with_both_baselines_by_seed(campaign, tmp_path):

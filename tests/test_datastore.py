@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
+import shutil
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from fastapi import HTTPException
+from filelock import FileLock
 
 APP = Path(__file__).parent.parent / "apps" / "deepem_app"
 SCAN = "1.2.840"  # a dot in an id is no suffix
@@ -62,6 +66,39 @@ def test_what_two_processes_write_is_there_for_both(open_store, submit):
         assert (info["model"], info["reader"], info["version"]) == ("m", "R1", 1)
         assert store.get_labels_by_image_id(OTHER) == {"original": OTHER}
         assert store.status()["completed"] == 1
+
+
+def test_a_writer_waits_for_the_writer_of_another_process(open_store, submit):
+    store = open_store()
+    writer = threading.Thread(target=submit, args=(store, "a label"))
+    with FileLock(store._lock_file):
+        writer.start()
+        writer.join(0.3)
+        assert writer.is_alive() and store.get_labeled_images() == []
+    writer.join(10)
+    assert store.get_labeled_images() == [SCAN]
+
+
+def test_a_save_that_breaks_off_leaves_the_earlier_label_whole(
+    open_store, submit, tmp_path, monkeypatch
+):
+    store = open_store()
+    submit(store, "the first label")
+
+    whole = shutil.copyfile
+
+    def full_disk(source, target, **options):
+        if Path(source).parent != tmp_path:  # the earlier version is put away first
+            return whole(source, target, **options)
+        Path(target).write_text(Path(source).read_text()[:5])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        submit(store, "the second label")
+    label = Path(store.get_label_uri(SCAN, "final"))
+    assert label.read_text() == "the first label"
+    assert store.get_label_info(SCAN, "final")["version"] == 1
 
 
 @pytest.mark.parametrize("harm", ["nothing", "delete", "corrupt", "empty"])

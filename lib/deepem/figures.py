@@ -110,9 +110,11 @@ def training_plot(
     _save(figure, path)
 
 
-def differences_plot(
-    differences: Mapping[str, tuple[float, float, float]], label: str, path: _PathLike
-) -> None:
+Interval = tuple[float, float | None, float | None]
+"""Mean, low, high; without the last two only the mean is drawn."""
+
+
+def differences_plot(differences: Mapping[str, Interval], label: str, path: _PathLike) -> None:
     """Horizontal bars of (mean, low, high) by name, first on top, with zero marked."""
     figure, (axes,) = _figure(1, 1, width=6.4, height=1.2 + 0.45 * len(differences))
     names = list(differences)
@@ -129,13 +131,13 @@ def differences_plot(
 
 
 def curves_with_intervals(
-    curves: Mapping[str, Mapping[float, tuple[float, float, float]]], label: str, path: _PathLike
+    curves: Mapping[str, Mapping[float, Interval]], label: str, path: _PathLike
 ) -> None:
     """One panel for every name: (mean, low, high) over a level, on one scale, zero marked."""
     figure, panels = _figure(1, len(curves), width=3.4 * len(curves), height=3.4)
     for axes, (name, points) in zip(panels, curves.items(), strict=True):
         levels = list(points)
-        mean, low, high = np.array(list(points.values())).T
+        mean, low, high = np.array(list(points.values()), float).T
         whiskers = np.nan_to_num([mean - low, high - mean])
         axes.errorbar(levels, mean, yerr=whiskers, fmt="o-", capsize=4)
         axes.axhline(0, color="black", linewidth=0.8)

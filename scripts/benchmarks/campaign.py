@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 import em_study
 import numpy as np
 import torch
-from em_study import PATCH, RESULTS, machine, marked, paired, run_all
+from em_study import PATCH, RESULTS, in_words, machine, marked, paired, run_all
 
 from deepem.detector import Detector
 from deepem.errors import InputError
@@ -146,8 +147,10 @@ def train_and_test(
     torch.set_num_threads(1)
     known = [item for item in cast.pool if item.study.series_uid in set(labelled)]
     result = train(config, known, out, validation=cast.validation, init=init, cache=cache)
-    if not (out / "model.pt").exists():
-        raise ValueError(f"{out}: expected a model that finds something, got {result.reason}")
+    if not (out / "model.pt").exists():  # no step was better on the validation scans than the start
+        if init is None:
+            raise ValueError(f"{out}: expected a model that finds something, got {result.reason}")
+        shutil.copy(init / "model.pt", out)
     test, _ = load_labelled(cast.test, ScanCache(cache))
     froc = by_nodules(load_model(out)[0], test, torch.device("cpu"))
     report = {
@@ -211,7 +214,8 @@ def main() -> None:
     parser.add_argument("--studies", type=Path, help="scans instead of phantoms")
     parser.add_argument("--annotations", type=Path, help="their nodules")
     parser.add_argument("--weak-labels", type=Path, help="their records")
-    parser.add_argument("--series", type=Path, help="those that were read completely")
+    parser.add_argument("--series", type=Path, help="those that were read completely (default: "
+                        "those with nodules)")  # fmt: skip
     parser.add_argument("--patients", type=Path, help="seriesuid,patient_id")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--strategies", nargs="+", default=[*STRATEGIES, FULL], metavar="NAME",
@@ -265,6 +269,7 @@ def write_report(
         for name in names
     }  # fmt: skip
     full = {seed: curve[-1][1] for seed, curve in curves.pop(FULL, {}).items()}
+    with_all = f"{np.mean(list(full.values())):.3f}" if full else "not measured"
     areas = {name: {seed: area(one) for seed, one in of_seed.items()}
              for name, of_seed in curves.items()}  # fmt: skip
     gains = {name: {base: paired(areas[name], areas[base]) for base in BASELINES if base != name}
@@ -283,10 +288,10 @@ def write_report(
             *(f"area beyond {base} (95 %)" for base in BASELINES), "labels to 95 % of full",
             "nodules labelled"]  # fmt: skip
     lines = [
-        f"{len(full)} seeds; a pool of {size.pool} scans, {size.start} labelled at the start and "
-        f"{size.per_round} more in each of {size.rounds} rounds; {size.start_steps} steps, then "
-        f"{size.steps} per round; {test['scans']} test scans with {test['nodules']} nodules. With "
-        f"all of the pool labelled CPM is {np.mean(list(full.values())):.3f} after as many steps. "
+        f"{len(areas[BASELINES[0]])} seeds; a pool of {size.pool} scans, {size.start} labelled at "
+        f"the start and {size.per_round} more in each of {size.rounds} rounds; "
+        f"{size.start_steps} steps, then {size.steps} per round; {test['scans']} test scans with "
+        f"{test['nodules']} nodules. With all of the pool labelled CPM is {with_all} after as many steps. "
         f"One thread, bfloat16 {'on' if machine()['bfloat16'] else 'off'}, torch "
         f"{machine()['torch']}.",
         "",
@@ -301,8 +306,8 @@ def write_report(
         cells.append(f"{np.mean(list(areas[name].values())):.3f}")
         for base in BASELINES:
             gain = gains[name].get(base)
-            cells.append(f"{gain[0]:+.3f} ({gain[1]:+.3f} to {gain[2]:+.3f})" if gain else "")
-        needed = [labels_needed(curve, 0.95 * full[seed]) for seed, curve in of_seed.items()]
+            cells.append(in_words(gain) if gain else "")
+        needed = [labels_needed(of_seed[seed], 0.95 * cpm) for seed, cpm in full.items()]
         cells.append(", ".join("not reached" if count is None else f"{count:.0f}"
                                for count in needed))  # fmt: skip
         nodules = [rounds[-1]["nodules"] for (other, _), rounds in results.items() if other == name]

@@ -21,6 +21,7 @@ from em_study import (
     RESULTS,
     Arm,
     Size,
+    in_words,
     machine,
     make_phantoms,
     paired,
@@ -88,13 +89,12 @@ def write_report(out: Path, size: Size, arms: list[Arm], results: list[dict[str,
     ]
     for name, values in cpm.items():
         runs = [r for r in results if r["arm"] == name]
-        mean, low, high = gains[name]
         lines.append("| " + " | ".join([
             name,
             f"{np.mean(list(values.values())):.3f} "
             f"({', '.join(f'{value:.3f}' for value in values.values())})",
-            "" if name == "strong-only" else f"{mean:+.3f} ({low:+.3f} to {high:+.3f})",
-            "" if name == "strong-only" else f"{mean / gains['oracle'][0]:.0%}",
+            "" if name == "strong-only" else in_words(gains[name]),
+            "" if name == "strong-only" else f"{gains[name][0] / gains['oracle'][0]:.0%}",
             per_round(runs, "precision"),
             per_round(runs, "coverage"),
             f"{np.mean([run['minutes'] for run in runs]):.1f}",

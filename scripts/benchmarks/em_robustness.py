@@ -18,7 +18,18 @@ from typing import Any
 import numpy as np
 from e_step_quality import shifted_slices, wrong_lobes
 from em_gain import ARMS
-from em_study import RESULTS, Arm, Records, Size, machine, make_phantoms, paired, run_all, run_arm
+from em_study import (
+    RESULTS,
+    Arm,
+    Records,
+    Size,
+    in_words,
+    machine,
+    make_phantoms,
+    paired,
+    run_all,
+    run_arm,
+)
 
 from deepem.em import EmConfig
 from deepem.figures import curves_with_intervals
@@ -98,8 +109,7 @@ def write_report(out: Path, results: list[dict[str, Any]]) -> None:
             level: paired(cpm(arm), base) for level, arm in ({0.0: CLEAN} | arms).items()
         }
         for level, arm in ({0.0: CLEAN} | arms).items():
-            mean, low, high = curves[name][level]
-            gain = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+            gain = in_words(curves[name][level])
             lines.append(f"| {name} | {level:g} | {gain} | {precision(arm):.2f} |")
     curves_with_intervals(curves, "CPM beyond strong-only", out / "em_robustness.png")
     write_json(out / "em_robustness.json", {"machine": machine(), "runs": results})

@@ -222,15 +222,25 @@ def run_all(tasks: Sequence[tuple[Callable, tuple]], jobs: int, title: str) -> l
     return [future.result() for future in futures]
 
 
-def paired(values: Mapping[int, float], base: Mapping[int, float]) -> tuple[float, float, float]:
+Gain = tuple[float, float | None, float | None]
+"""Mean, and the ends of its 95 % interval, None for a single seed."""
+
+
+def paired(values: Mapping[int, float], base: Mapping[int, float]) -> Gain:
     """Mean difference over the seeds of both, and its 95 % interval (Student's t)."""
     from scipy.stats import t
 
     difference = np.array([values[seed] - base[seed] for seed in sorted(values.keys() & base)])
     if len(difference) < 2:
-        return float(difference.mean()), float("nan"), float("nan")
+        return float(difference.mean()), None, None
     half = t.ppf(0.975, len(difference) - 1) * difference.std(ddof=1) / len(difference) ** 0.5
     return tuple((difference.mean() + np.array([0, -half, half])).tolist())
+
+
+def in_words(gain: Gain) -> str:
+    """Mean and interval for a table."""
+    mean, low, high = gain
+    return f"{mean:+.3f}" + ("" if low is None else f" ({low:+.3f} to {high:+.3f})")
 
 
 def machine() -> dict[str, Any]:
