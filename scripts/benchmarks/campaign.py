@@ -291,8 +291,8 @@ def write_report(
         f"{len(areas[BASELINES[0]])} seeds; a pool of {size.pool} scans, {size.start} labelled at "
         f"the start and {size.per_round} more in each of {size.rounds} rounds; "
         f"{size.start_steps} steps, then {size.steps} per round; {test['scans']} test scans with "
-        f"{test['nodules']} nodules. With all of the pool labelled CPM is {with_all} after as many steps. "
-        f"One thread, bfloat16 {'on' if machine()['bfloat16'] else 'off'}, torch "
+        f"{test['nodules']} nodules. With all of the pool labelled CPM is {with_all} after as "
+        f"many steps. One thread, bfloat16 {'on' if machine()['bfloat16'] else 'off'}, torch "
         f"{machine()['torch']}.",
         "",
         "| " + " | ".join(head) + " |",
