@@ -20,6 +20,7 @@ import torch
 from fastapi import HTTPException
 from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMWebDatastore
+from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.utils.app import app_instance, clear_cache
 
 import deepem
@@ -124,6 +125,17 @@ def test_info_is_what_slicer_accepts(load):
             assert isinstance(value, (int, float, list))
             assert all(isinstance(choice, str) for choice in choices)
     json.dumps(info)
+
+
+def test_a_started_server_answers_in_threads(load, monkeypatch):
+    from monailabel.app import app as server
+
+    app = load(skip_scoring="true")
+    monkeypatch.setattr(MONAILabelApp, "on_init_complete", lambda self: None)  # leaves no threads
+    monkeypatch.setenv("MONAI_LABEL_DATASTORE_READ_ONLY", "")
+    monkeypatch.setattr(server, "middleware_stack", server.build_middleware_stack())
+    app.on_init_complete()
+    assert isinstance(server.middleware_stack, sys.modules["lib.threads"].InThreads)
 
 
 def test_the_threshold_of_the_conf_is_the_first_choice(load):
