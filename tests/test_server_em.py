@@ -72,15 +72,15 @@ def cpm(model: Path, chests: list[LabelledStudy], cache: Path) -> float:
 
 
 def test_em_through_the_client_publishes_a_model_that_is_better_on_other_chests(tmp_path):
-    """Four chests are marked, ten have records: what a short training began, EM goes on with."""
+    """Six chests are marked, ten have records: what a short training began, EM goes on with."""
     kinds = SOLID_HU, GROUND_GLASS_HU
     held_out = write_chests(tmp_path / "held_out", 8, 300, *kinds)
     studies = tmp_path / "studies"
     recorded = write_chests(studies, 10, 200, *kinds)
-    marked = write_chests(tmp_path / "marked", 4, 100, *kinds)
+    marked = write_chests(tmp_path / "marked", 6, 100, *kinds)
     app = copy_app(tmp_path / "app")
     served = app / "model" / f"{MODEL}.pt"
-    train(TrainConfig(steps=25, patch=48, validate_times=1), marked, tmp_path / "start",
+    train(TrainConfig(steps=50, patch=48, validate_times=1), marked, tmp_path / "start",
           validation=marked, publish_to=served)  # fmt: skip
     before = cpm(served, held_out, tmp_path / "cache")
     for item in marked:
