@@ -151,13 +151,13 @@ def curves_with_intervals(
 
 def coverage_plot(curves: Mapping[str, Sequence[tuple[float, float]]], path: _PathLike) -> None:
     """Precision over coverage, both 0..1: curves of (coverage, precision) by name."""
-    figure, (axes,) = _figure(1, 1, width=6.4, height=4.2)
+    figure, (axes,) = _figure(1, 1, width=6.4, height=4.2 + 0.13 * len(curves))
     for name, points in curves.items():
         axes.plot(*np.array(points).T, label=name)
     axes.set_xlabel("share of labels that are used")
     axes.set_xlim(0, 1.02)
     _unit_axis(axes, "share of these that are right")
-    axes.legend(loc="lower left", frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     _save(figure, path)
 
 

@@ -201,22 +201,31 @@ def write_report(out: Path, size: Size, results: list[dict[str, Any]]) -> None:
         "| E-step | precision | labels used | right picks of all labels |",
         "|---|---|---|---|",
     ]
+    by_seed = {}
     for variant in VARIANTS:
-        each = []
-        for result in results:
-            right, used = (np.array(result[variant.name][key]) > 0 for key in ("right", "used"))
-            each.append((right[used].mean(), used.mean(), (right * used).mean()))
-        precision, used, picked = np.array(each).T
+        each = [shares(result[variant.name]) for result in results]
+        by_seed[variant.name] = each
+        precision, used, picked = np.array([list(one.values()) for one in each]).T
         spread = f"{precision.mean():.2f} ({precision.min():.2f} to {precision.max():.2f})"
         lines.append(f"| {variant.name} | {spread} | {used.mean():.2f} | {picked.mean():.2f} |")
     curves = {name: coverage_against_precision(pooled[name]) for name in
               ("slice and lobe (paper)", "paper + null", "paper + null + odds",
                "all (default of training)")}  # fmt: skip
     coverage_plot(curves, out / "e_step_quality.png")
-    write_json(out / "e_step_quality.json", {"machine": machine(), "runs": results})
+    write_json(out / "e_step_quality.json", {"machine": machine(), "seeds": by_seed})
     with atomic_path(out / "e_step_quality.md") as part:
         part.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
+
+
+def shares(found: dict[str, list[float]]) -> dict[str, float]:
+    """Of one seed: right of the labels used, used of all, both of all."""
+    right, used = (np.array(found[key]) > 0 for key in ("right", "used"))
+    return {
+        "precision": float(right[used].mean()),
+        "used": float(used.mean()),
+        "right_and_used": float((right & used).mean()),
+    }
 
 
 def coverage_against_precision(found: dict[str, np.ndarray]) -> list[tuple[float, float]]:
