@@ -101,8 +101,8 @@ def write_report(out: Path, size: Size, arms: list[Arm], results: list[dict[str,
         ]) + " |")  # fmt: skip
     recall = per_round([run for run in results if run["rounds"]], "recall")
     lines += ["", f"Share of true nodules among the proposals, round by round: {recall}.",
-              "", "Paper: Eq. 3 to 7 alone. Extended: with null hypothesis, joint assignment, "
-              "sizes, and rejected proposals as background."]  # fmt: skip
+              "", "MAP, sampling and soft: Eq. 3 to 7 alone (`PAPER`). Extended: the defaults "
+              "of `EmConfig`."]  # fmt: skip
     with atomic_path(out / "em_gain.md") as part:
         part.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
