@@ -9,6 +9,7 @@ It misses a third of the nodules, as detectors do when the first round of EM beg
 """
 
 import importlib
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -89,3 +90,11 @@ def test_wrong_records_cost_and_the_noise_model_gives_some_of_it_back(measured):
     assert right(measured["20 % wrong lobes: paper"]) < right(paper)
     assert right(measured["slices off by 5 mm: paper"]) < right(paper)
     assert right(measured["20 % wrong lobes: all + noise model"]) > right(all_)
+
+
+def test_arms_of_the_robustness_study_reach_other_processes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(TESTS.parent / "scripts" / "benchmarks")
+        study = importlib.import_module("em_robustness")
+        arms = [arm for arms in study.CURVES.values() for arm in arms.values()]
+        assert [arm.name for arm in pickle.loads(pickle.dumps(arms))] == [arm.name for arm in arms]

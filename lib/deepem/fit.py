@@ -305,6 +305,7 @@ def fit(run: Run, materials: Materials, out: Path, report: Callable[[Progress], 
     loop = _Loop(run, out, report, len(phases) + (not run.from_scratch))
     if not run.from_scratch and not run.history:
         loop.validate(materials.judge, 0, [])
+        run.save()
     explained: list[Explained] = []
     while run.phase < len(phases):
         phase = phases[run.phase]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,31 +54,29 @@ class Variant:
     noise: Callable[[Sequence[WeakStudy], np.random.Generator], list[WeakStudy]] | None = None
 
 
-def wrong_lobes(share: float) -> Callable:
+def wrong_lobes(
+    share: float, weak: Sequence[WeakStudy], rng: np.random.Generator
+) -> list[WeakStudy]:
     """Records of which a share names another lobe."""
 
-    def noise(weak: Sequence[WeakStudy], rng: np.random.Generator) -> list[WeakStudy]:
-        def change(label: WeakLabel) -> WeakLabel:
-            others = [lobe for lobe in Lobe if lobe is not label.lobe]
-            wrong = others[int(rng.integers(len(others)))]
-            return replace(label, lobe=wrong) if rng.random() < share else label
+    def change(label: WeakLabel) -> WeakLabel:
+        others = [lobe for lobe in Lobe if lobe is not label.lobe]
+        wrong = others[int(rng.integers(len(others)))]
+        return replace(label, lobe=wrong) if rng.random() < share else label
 
-        return each_label(weak, change)
-
-    return noise
+    return each_label(weak, change)
 
 
-def shifted_slices(sigma_mm: float) -> Callable:
+def shifted_slices(
+    sigma_mm: float, weak: Sequence[WeakStudy], rng: np.random.Generator
+) -> list[WeakStudy]:
     """Records whose slices are off by a normal distance of this standard deviation."""
 
-    def noise(weak: Sequence[WeakStudy], rng: np.random.Generator) -> list[WeakStudy]:
-        def change(label: WeakLabel) -> WeakLabel:
-            assert label.z_lps_mm is not None
-            return replace(label, z_lps_mm=label.z_lps_mm + rng.normal(0, sigma_mm))
+    def change(label: WeakLabel) -> WeakLabel:
+        assert label.z_lps_mm is not None
+        return replace(label, z_lps_mm=label.z_lps_mm + rng.normal(0, sigma_mm))
 
-        return each_label(weak, change)
-
-    return noise
+    return each_label(weak, change)
 
 
 def each_label(
@@ -101,13 +100,15 @@ VARIANTS = (
     Variant("paper + null + odds, certain", replace(NULL, odds=True, certain=ALL.certain)),
     Variant("all (default of training)", ALL),
     *(
-        Variant(f"{100 * share:.0f} % wrong lobes: {name}", config, noise=wrong_lobes(share))
+        Variant(f"{100 * share:.0f} % wrong lobes: {name}", config,
+                noise=partial(wrong_lobes, share))
         for share in (0.1, 0.2, 0.4)
         for name, config in (("paper", PAPER), ("all", ALL),
                              ("all + noise model", replace(ALL, wrong_lobe=share)))
     ),
     *(
-        Variant(f"slices off by {sigma_mm:g} mm: {name}", config, noise=shifted_slices(sigma_mm))
+        Variant(f"slices off by {sigma_mm:g} mm: {name}", config,
+                noise=partial(shifted_slices, sigma_mm))
         for sigma_mm in (2.5, 5.0, 10.0)
         for name, config in (("paper", PAPER), ("all", ALL),
                              ("all + noise model", replace(ALL, wrong_slice=0.5)))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from em_gain import ARMS
 from em_study import (
     RESULTS,
     Arm,
-    Records,
     Size,
     in_words,
     machine,
@@ -40,34 +40,36 @@ STRONG_ONLY = ARMS[0]
 CLEAN = next(arm for arm in ARMS if arm.name == "MAP, extended")
 
 
-def missing_labels(share: float) -> Records:
+def missing_labels(
+    share: float, weak: Sequence[WeakStudy], rng: np.random.Generator
+) -> list[WeakStudy]:
     """Records without a share of their nodules; a scan that loses all of them is not used."""
-
-    def noise(weak: Sequence[WeakStudy], rng: np.random.Generator) -> list[WeakStudy]:
-        kept = []
-        for item in weak:
-            labels = tuple(label for label in item.labels if rng.random() >= share)
-            if labels:
-                kept.append(replace(item, labels=labels))
-        return kept
-
-    return noise
+    kept = []
+    for item in weak:
+        labels = tuple(label for label in item.labels if rng.random() >= share)
+        if labels:
+            kept.append(replace(item, labels=labels))
+    return kept
 
 
 CURVES: dict[str, dict[float, Arm]] = {
     "wrong lobes (share)": {
-        level: Arm(f"wrong-lobe-{level:g}", EmConfig(wrong_lobe=level), records=wrong_lobes(level))
+        level: Arm(
+            f"wrong-lobe-{level:g}", EmConfig(wrong_lobe=level), records=partial(wrong_lobes, level)
+        )
         for level in (0.2, 0.4)
     },
     "slices off (mm, standard deviation)": {
-        level: Arm(f"slice-{level:g}mm", EmConfig(wrong_slice=0.5), records=shifted_slices(level))
+        level: Arm(
+            f"slice-{level:g}mm", EmConfig(wrong_slice=0.5), records=partial(shifted_slices, level)
+        )
         for level in (5.0, 10.0)
     },
     "labels missing (share)": {
-        level: Arm(f"missing-{level:g}", EmConfig(), records=missing_labels(level))
+        level: Arm(f"missing-{level:g}", EmConfig(), records=partial(missing_labels, level))
         for level in (0.1, 0.4, 0.8)
     },
-}
+}  # fmt: skip
 
 
 def main() -> None:
@@ -103,7 +105,7 @@ def write_report(
 
     base = cpm(STRONG_ONLY)
     lines = [
-        f"Gain of EM in CPM over strong-only, {len(base)} seeds, the set-up of em_gain.md; 95 % "
+        f"Gain of EM in CPM over strong-only, {len(base)} seed(s), the set-up of em_gain.md; 95 % "
         "interval; precision of the picks in the last round.",
         "",
         "| records | level | gain (95 %) | precision |",
