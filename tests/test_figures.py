@@ -165,6 +165,19 @@ def test_the_legend_of_training_curves_never_covers_them(drawn, tmp_path):
     assert drawn.figure.bbox.y0 <= place.y0
 
 
+def test_every_panel_of_a_study_shows_all_of_its_points(drawn, tmp_path):
+    """The scale is shared, whichever panel has the lowest and the highest."""
+    curves = {
+        "lobes": {0.0: (0.2, None, None), 0.4: (0.1, None, None)},
+        "slices": {0.0: (0.2, 0.1, 0.3), 10.0: (-0.1, -0.3, 0.1)},
+    }
+    figures.curves_with_intervals(curves, "gain", tmp_path / "c.png")
+    first, second = drawn.figure.axes
+    assert first.get_ylim() == second.get_ylim()
+    low, high = second.get_ylim()
+    assert low < -0.3 and high > 0.3
+
+
 def test_a_real_ct_looks_the_same_however_it_is_stored(real_data, tmp_path):
     nib = pytest.importorskip("nibabel")
     image = nib.load(real_data / "lidc_0063/ct.nii.gz")

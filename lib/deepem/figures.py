@@ -135,6 +135,8 @@ def curves_with_intervals(
 ) -> None:
     """One panel for every name: (mean, low, high) over a level, on one scale, zero marked."""
     figure, panels = _figure(1, len(curves), width=3.4 * len(curves), height=3.4)
+    for axes in panels[1:]:
+        axes.sharey(panels[0])  # before anything is drawn, so that the limits hold all of it
     for axes, (name, points) in zip(panels, curves.items(), strict=True):
         levels = list(points)
         mean, low, high = np.array(list(points.values()), float).T
@@ -144,7 +146,6 @@ def curves_with_intervals(
         axes.set_xlabel(name)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.sharey(panels[0])
     panels[0].set_ylabel(label)
     _save(figure, path)
 
