@@ -126,14 +126,15 @@ def _parser() -> argparse.ArgumentParser:
     weak.add_argument("--odds", action=argparse.BooleanOptionalAction, default=EmConfig.odds,
                       help="weigh proposals by p / (1 - p), not by p")  # fmt: skip
     weak.add_argument("--certain", type=float, default=EmConfig.certain, metavar="P",
-                      help="a proposal with less of a label is not taught to be its nodule; the "
-                      "paper: 0")  # fmt: skip
+                      help="a proposal with less of a label is not taught to be its nodule, but "
+                      "for the best three labels in ten; the paper: 0")  # fmt: skip
     weak.add_argument("--best-proposes", action=argparse.BooleanOptionalAction,
                       default=EmConfig.best_proposes,
                       help="E-steps by the best network so far, not by the newest")  # fmt: skip
     weak.add_argument("--rejected", action=argparse.BooleanOptionalAction,
                       default=EmConfig.rejected,
-                      help="proposals that no label can mean are taught to be none")  # fmt: skip
+                      help="where a nodule is known the rest is background, and proposals "
+                      "that no label can mean are taught to be none")  # fmt: skip
     weak.add_argument("--size", action=argparse.BooleanOptionalAction, default=EmConfig.size,
                       help="reported diameters are evidence")  # fmt: skip
     weak.add_argument("--attenuation", action=argparse.BooleanOptionalAction,
