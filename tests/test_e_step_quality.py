@@ -90,6 +90,8 @@ def test_wrong_records_cost_and_the_noise_model_gives_some_of_it_back(measured):
     assert right(measured["20 % wrong lobes: paper"]) < right(paper)
     assert right(measured["slices off by 5 mm: paper"]) < right(paper)
     assert right(measured["20 % wrong lobes: all + noise model"]) > right(all_)
+    off = "slices off by 10 mm: all"
+    assert right(measured[f"{off} + noise model"]) > right(measured[off]) + 0.05
 
 
 def test_arms_of_the_robustness_study_reach_other_processes():

@@ -140,12 +140,11 @@ def test_eq_3_by_hand():
     )
     fitted = SliceModel.fitted(np.array([4.0, 8.0]))
     assert (fitted.slack_mm, fitted.sigma_mm) == (2, 1)
-    noisy = SliceModel(wrong=0.2, height_mm=400)
-    assert noisy.log_density(np.array([300.0]))[0] == pytest.approx(math.log(0.2 / 400))
+    assert SliceModel(2.0, 3.0).blurred(4.0) == SliceModel(2.0, 5.0)
     with pytest.raises(ValueError, match="expected two different ones, got 1"):
         SliceModel.fitted(np.array([4.0]))
-    with pytest.raises(ValueError, match="wrong: expected a share"):
-        SliceModel(wrong=1.0)
+    with pytest.raises(ValueError, match="expected 0 or more and more than 0, got 1.627 and 0"):
+        SliceModel(sigma_mm=0.0)
 
 
 def test_eq_3_fits_luna16(real_data):

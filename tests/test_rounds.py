@@ -103,6 +103,9 @@ def test_in_the_paper_background_is_unsure_near_every_slice_and_everywhere_witho
     log_weight = np.repeat(THREE, 2, 0)
     item = taught(explained(log_weight, [[0], [0]], labels), replace(PAPER, clearance_mm=10))
     assert item.unsure_z_lps_mm == ((-60.0, -40.0), (-30.0, -10.0))
+    coarse = replace(PAPER, clearance_mm=10, slice_off_mm=4)
+    item = taught(explained(THREE, [[0]], labels[:1]), coarse)
+    assert item.unsure_z_lps_mm == ((-68.0, -32.0),)
     item = taught(explained(THREE, [[0]], [WeakLabel("s", Lobe.RUL)]), PAPER)
     assert item.unsure_z_lps_mm == ((-math.inf, math.inf),)
 
@@ -241,9 +244,11 @@ def test_the_size_model_learns_that_the_detector_sees_nodules_too_small():
 
 def test_enough_marked_nodules_say_how_far_a_slice_may_be_off():
     diameters = np.linspace(4, 20, 40)
-    fitted = first_model(EmConfig(wrong_slice=0.1), diameters).slice
-    assert (fitted.slack_mm, fitted.wrong) == (2.0, 0.1)
+    fitted = first_model(EmConfig(), diameters).slice
+    assert fitted.slack_mm == 2.0
     assert fitted.sigma_mm == pytest.approx(diameters.std() / 2)
+    coarse = first_model(EmConfig(slice_off_mm=5.0), diameters).slice
+    assert coarse.sigma_mm == pytest.approx(math.hypot(diameters.std() / 2, 5.0))
     assert first_model(EmConfig(), diameters[:10]).slice == SliceModel()
 
 
@@ -299,6 +304,7 @@ def test_a_scan_that_cannot_be_read_gives_its_error_and_the_others_their_proposa
         ({"weak_share": 0.0}, r"weak_share: expected \(0, 1\], got 0.0"),
         ({"null": -1.0}, "null: expected 0 or more, got -1.0"),
         ({"null": math.nan}, "null: expected 0 or more, got nan"),
+        ({"slice_off_mm": -1.0}, "slice_off_mm: expected 0 or more, got -1.0"),
     ],
 )
 def test_a_wrong_setting_says_what_was_expected(change, message):

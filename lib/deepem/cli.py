@@ -141,7 +141,8 @@ def _parser() -> argparse.ArgumentParser:
                       default=EmConfig.attenuation, help="so is ground glass or solid")  # fmt: skip
     weak.add_argument("--wrong-lobe", type=float, default=EmConfig.wrong_lobe, metavar="SHARE",
                       help="of records that may name another lobe")  # fmt: skip
-    weak.add_argument("--wrong-slice", type=float, default=EmConfig.wrong_slice, metavar="SHARE")
+    weak.add_argument("--slice-off", type=float, default=EmConfig.slice_off_mm, metavar="MM",
+                      help="standard deviation of the error of reported slices")  # fmt: skip
 
     one = command("detect", _detect, "Find nodules in scans.")
     one.add_argument("images", type=Path, nargs="+", metavar="IMAGE_OR_DIR")
@@ -342,7 +343,7 @@ def _em(options: argparse.Namespace) -> EmConfig | None:
         size=options.size,
         attenuation=options.attenuation,
         wrong_lobe=options.wrong_lobe,
-        wrong_slice=options.wrong_slice,
+        slice_off_mm=options.slice_off,
     )
 
 

@@ -219,8 +219,9 @@ class EmConfig:
     its nodule, but for the best three labels in ten (the paper: 0, every best guess is taught).
     best_proposes: the E-step is done by the network that was best on the validation scans so far,
     the start included, not by the newest (the paper). size, attenuation: what the record says of
-    these is evidence, and the size is taught. wrong_lobe, wrong_slice: assumed shares of wrong
-    records. clearance_mm: background this close to a reported slice teaches nothing. rejected:
+    these is evidence, and the size is taught. wrong_lobe: assumed share of wrong lobes.
+    slice_off_mm: assumed standard deviation of the error of reported slices. clearance_mm:
+    background this close to a reported slice, and 2 * slice_off_mm more, teaches nothing. rejected:
     where the reported nodule is known by now the rest is background all the same, and proposals
     that no label can mean are taught to be none (the paper leaves them alone). min_logit: of
     proposals (the paper: -3).
@@ -239,7 +240,7 @@ class EmConfig:
     size: bool = True
     attenuation: bool = False
     wrong_lobe: float = 0.0
-    wrong_slice: float = 0.0
+    slice_off_mm: float = 0.0
     clearance_mm: float = 12.0
     rejected: bool = True
     min_logit: float = -3.0
@@ -250,12 +251,12 @@ class EmConfig:
         for name in ("rounds", "scans_per_round"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
-        for name in ("warm_start", "certain", "wrong_lobe", "wrong_slice"):
+        for name in ("warm_start", "certain", "wrong_lobe"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a share in [0, 1), got {getattr(self, name)}")
         if not 0 < self.weak_share <= 1:
             raise ValueError(f"weak_share: expected (0, 1], got {self.weak_share}")
-        for name in ("null", "clearance_mm"):
+        for name in ("null", "slice_off_mm", "clearance_mm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import log_softmax
@@ -24,14 +24,11 @@ class SliceModel:
     """Truncated half-Gaussian around the reported slice (Zhu et al. 2018, Eq. 3).
 
     slack_mm: mu, the smallest radius: inside a nodule every slice is as good. sigma_mm: standard
-    deviation of the radii. Both of LUNA16's 1186 nodules. wrong: share of labels whose slice says
-    nothing (beyond the paper, 0 switches it off); these lie anywhere in ``height_mm``.
+    deviation of the radii. Both of LUNA16's 1186 nodules.
     """
 
     slack_mm: float = 1.627
     sigma_mm: float = 2.381
-    wrong: float = 0.0
-    height_mm: float = 300.0
 
     def __post_init__(self) -> None:
         if not (self.slack_mm >= 0 and 0 < self.sigma_mm < math.inf):
@@ -39,25 +36,24 @@ class SliceModel:
                 "slack_mm, sigma_mm: expected 0 or more and more than 0, "
                 f"got {self.slack_mm} and {self.sigma_mm}"
             )
-        if not 0 <= self.wrong < 1:
-            raise ValueError(f"wrong: expected a share in [0, 1), got {self.wrong}")
 
     @classmethod
-    def fitted(cls, diameter_mm: np.ndarray, wrong: float = 0.0) -> SliceModel:
+    def fitted(cls, diameter_mm: np.ndarray) -> SliceModel:
         """Of the nodules of a strong set; ValueError for fewer than two different diameters."""
         radius_mm = np.asarray(diameter_mm, dtype=np.float64) / 2
         if len(radius_mm) < 2 or radius_mm.std() == 0:
             raise ValueError(f"diameters: expected two different ones, got {len(radius_mm)}")
-        return cls(float(radius_mm.min()), float(radius_mm.std()), wrong)
+        return cls(float(radius_mm.min()), float(radius_mm.std()))
+
+    def blurred(self, off_mm: float) -> SliceModel:
+        """The same where reported slices are off by a normal distance (beyond the paper)."""
+        return replace(self, sigma_mm=math.hypot(self.sigma_mm, off_mm))
 
     def log_density(self, distance_mm: np.ndarray) -> np.ndarray:
         """Log of Eq. 3 for the distances (...) between reported slice and nodule centre."""
         beyond = np.maximum(np.abs(distance_mm) - self.slack_mm, 0) / self.sigma_mm
         scale = math.log(2 / math.sqrt(2 * math.pi * self.sigma_mm**2))
-        right = scale - 0.5 * beyond**2
-        if self.wrong == 0:
-            return right
-        return np.logaddexp(math.log1p(-self.wrong) + right, math.log(self.wrong / self.height_mm))
+        return scale - 0.5 * beyond**2
 
 
 @dataclass(frozen=True, eq=False)

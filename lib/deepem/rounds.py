@@ -174,7 +174,7 @@ def taught(explained: Explained, config: EmConfig) -> LabelledScan:
     total = weight.sum(0).clip(max=1.0)
     possible = (total > 0) | (posterior >= _POSSIBLE).any(0)
     unsure_z_mm = [
-        _unsure(label, config.clearance_mm)
+        _unsure(label, config.clearance_mm + 2 * config.slice_off_mm)
         for row, (label, chosen) in enumerate(zip(explained.labels, explained.chosen, strict=True))
         if not (config.rejected and posterior[row, chosen].max(initial=0) >= _KNOWN)
     ]
@@ -232,10 +232,9 @@ def first_model(config: EmConfig, diameter_mm: Sequence[float] = ()) -> Observat
     else the paper's constants do.
     """
     enough = len(diameter_mm) >= _ENOUGH_NODULES
+    slices = SliceModel.fitted(np.array(diameter_mm)) if enough else SliceModel()
     return ObservationModel(
-        SliceModel.fitted(np.array(diameter_mm), config.wrong_slice)
-        if enough
-        else SliceModel(wrong=config.wrong_slice),
+        slices.blurred(config.slice_off_mm),
         LobeModel.anatomical(config.wrong_lobe),
         SizeModel() if config.size else None,
         config.attenuation,

@@ -111,7 +111,7 @@ VARIANTS = (
                 noise=partial(shifted_slices, sigma_mm))
         for sigma_mm in (2.5, 5.0, 10.0)
         for name, config in (("paper", PAPER), ("all", ALL),
-                             ("all + noise model", replace(ALL, wrong_slice=0.5)))
+                             ("all + noise model", replace(ALL, slice_off_mm=sigma_mm)))
     ),
 )  # fmt: skip
 

@@ -168,7 +168,7 @@ def run_arm(work: Path, size: Size, seed: int, arm: Arm) -> dict[str, Any]:
         "validation_cpm": result.cpm,
         "minutes": minutes,
         "rounds": [
-            entry["em"] | picks(out / "rounds" / f"{entry['em']['round']:02d}.json", scans.hidden)
+            entry["em"] | picks(out / "rounds" / f"{entry['em']['round']:02d}.json", scans)
             for entry in result.history
             if "em" in entry
         ],
@@ -177,18 +177,20 @@ def run_arm(work: Path, size: Size, seed: int, arm: Arm) -> dict[str, Any]:
     return report
 
 
-def picks(file: Path, hidden: Sequence[LabelledStudy]) -> dict[str, float]:
+def picks(file: Path, scans: Seed) -> dict[str, float]:
     """What a round of EM chose, against the truth.
 
     recall: share of labels whose nodule is among the proposals at all. coverage: share of labels
     that teach a nodule. precision: share of these whose most probable proposal hits the nodule.
+    That is the one that the record was made from, whatever an arm made of the record.
     """
-    truth = {item.study.series_uid: item.nodules for item in hidden}
+    truth = {item.study.series_uid: item.nodules for item in scans.hidden}
+    z_lps_mm = {label.source: label.z_lps_mm for item in scans.weak for label in item.labels}
     there, used, right = [], [], []
     for scan in json.loads(file.read_text(encoding="utf-8"))["scans"]:
         proposals = from_rows(scan["proposals"])
         for label in scan["labels"]:
-            hits = hits_of(proposals, nodule_of(label["z_lps_mm"], truth[scan["seriesuid"]]))
+            hits = hits_of(proposals, nodule_of(z_lps_mm[label["source"]], truth[scan["seriesuid"]]))
             there.append(hits.any())
             used.append(bool(label["chosen"]))
             if label["chosen"]:
