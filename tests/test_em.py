@@ -2,11 +2,20 @@ import itertools
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from deepem.em import MAX_JOINT_LABELS, e_step, most_probable, sampled, soft
-from deepem.nodule import Lobe
-from deepem.observation import LOBES, LobeModel, SizeModel, SliceModel
+from deepem.nodule import ATTENUATIONS, Lobe
+from deepem.observation import (
+    LOBES,
+    LobeModel,
+    SizeModel,
+    SliceModel,
+    log_attenuation_probability,
+)
+from deepem.scan import HU_WINDOW, SPACING_MM, Scan
+from deepem.volume import read_volume, resample
 
 
 def test_the_posterior_by_hand():
@@ -192,6 +201,38 @@ def test_refitting_learns_what_it_sees_and_keeps_what_it_does_not():
         np.exp(before.log_probability(relative)),
         atol=0.08,
     )
+
+
+def test_the_kind_by_its_density():
+    p = np.exp(log_attenuation_probability(np.array([-50.0, -330.0, -600.0, 400.0, -1000.0])))
+    np.testing.assert_allclose(p.sum(1), 1)
+    kinds = [ATTENUATIONS[at] for at in p.argmax(1)]
+    assert kinds == ["solid", "part_solid", "ground_glass", "solid", "ground_glass"]
+    assert p[0, 0] / p[0, 1] == pytest.approx(math.exp(0.5 * (280 / 170) ** 2))
+    assert p[0, 0] / p[0, 2] == pytest.approx(math.exp(0.5 * (550 / 130) ** 2) * 130 / 170)
+
+
+def test_what_readers_called_solid_is_solid(real_data):
+    """60 nodules of LIDC-IDRI; texture 1 is ground glass, 4 nearly and 5 solid."""
+    folder = real_data / "lidc_nodule_vois"
+    of = pd.read_csv(folder / "metadata_by_nodule.csv").set_index(["patient_id", "nodule_id"])
+    p_solid = []
+    for file in sorted((folder / "image").iterdir()):
+        patient, number = file.name.removesuffix(".nii.gz").split("_R_")
+        nodule = of.loc[(patient, int(number))]
+        volume = read_volume(file)
+        center_lps_mm = nodule[["coordX", "coordY", "coordZ"]].to_numpy(float)
+        image, grid = resample(volume, *volume.grid.extent_lps_mm(), SPACING_MM)
+        image = np.interp(image, HU_WINDOW, (0, 255)).astype(np.uint8)
+        scan = Scan(patient, image, grid, lungs=None, fingerprint="")
+        hu = scan.mean_hu(center_lps_mm, np.array([nodule["diameter_mm"]]))
+        p = np.exp(log_attenuation_probability(hu))[0]
+        if nodule["Texture_value"] >= 4:
+            p_solid.append(p[ATTENUATIONS.index("solid")])
+        else:
+            assert p.argmax() == ATTENUATIONS.index("ground_glass")
+    assert len(p_solid) == 59
+    assert np.mean(p_solid) > 0.7 and np.median(p_solid) > 0.75
 
 
 def test_the_size_factor_prefers_the_reported_size():

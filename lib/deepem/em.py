@@ -238,7 +238,7 @@ class EmConfig:
     certain: float = 0.5
     best_proposes: bool = True
     size: bool = True
-    attenuation: bool = False
+    attenuation: bool = True
     wrong_lobe: float = 0.0
     slice_off_mm: float = 0.0
     clearance_mm: float = 12.0
@@ -262,6 +262,7 @@ class EmConfig:
 
 
 PAPER = EmConfig(
-    null=0.0, joint=False, odds=False, certain=0.0, best_proposes=False, size=False, rejected=False
-)
+    null=0.0, joint=False, odds=False, certain=0.0, best_proposes=False, size=False,
+    attenuation=False, rejected=False,
+)  # fmt: skip
 """Zhu et al. 2018 without anything of ours."""

@@ -99,6 +99,7 @@ VARIANTS = (
     Variant("paper + null + odds", replace(NULL, odds=True)),
     Variant("paper + null + odds, certain", replace(NULL, odds=True, certain=ALL.certain)),
     Variant("all (default of training)", ALL),
+    Variant("all, kind not recorded", ALL, ("lobe", "z_lps_mm", "diameter_mm")),
     *(
         Variant(f"{100 * share:.0f} % wrong lobes: {name}", config,
                 noise=partial(wrong_lobes, share))

@@ -40,6 +40,7 @@ ARMS = (
     Arm("MAP (paper)", PAPER),
     Arm("sampling (paper)", replace(PAPER, method="sampling")),
     Arm("soft", replace(PAPER, method="soft")),
+    Arm("MAP, kind unknown", EmConfig(attenuation=False)),
     Arm("MAP, extended", EmConfig()),
 )
 
@@ -102,7 +103,8 @@ def write_report(out: Path, size: Size, arms: list[Arm], results: list[dict[str,
     recall = per_round([run for run in results if run["rounds"]], "recall")
     lines += ["", f"Share of true nodules among the proposals, round by round: {recall}.",
               "", "MAP, sampling and soft: Eq. 3 to 7 alone (`PAPER`). Extended: the defaults "
-              "of `EmConfig`."]  # fmt: skip
+              "of `EmConfig`; kind unknown: nothing in the records of "
+              "solid or ground glass."]  # fmt: skip
     with atomic_path(out / "em_gain.md") as part:
         part.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))

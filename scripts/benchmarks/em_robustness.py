@@ -61,7 +61,9 @@ CURVES: dict[str, dict[float, Arm]] = {
     },
     "slices off (mm, standard deviation)": {
         level: Arm(
-            f"slice-{level:g}mm", EmConfig(slice_off_mm=level), records=partial(shifted_slices, level)
+            f"slice-{level:g}mm",
+            EmConfig(slice_off_mm=level),
+            records=partial(shifted_slices, level),
         )
         for level in (5.0, 10.0)
     },

@@ -185,12 +185,17 @@ def picks(file: Path, scans: Seed) -> dict[str, float]:
     That is the one that the record was made from, whatever an arm made of the record.
     """
     truth = {item.study.series_uid: item.nodules for item in scans.hidden}
-    z_lps_mm = {label.source: label.z_lps_mm for item in scans.weak for label in item.labels}
+    nodules = {
+        label.source: nodule_of(label.z_lps_mm, truth[item.study.series_uid])
+        for item in scans.weak
+        for label in item.labels
+        if label.z_lps_mm is not None
+    }
     there, used, right = [], [], []
     for scan in json.loads(file.read_text(encoding="utf-8"))["scans"]:
         proposals = from_rows(scan["proposals"])
         for label in scan["labels"]:
-            hits = hits_of(proposals, nodule_of(z_lps_mm[label["source"]], truth[scan["seriesuid"]]))
+            hits = hits_of(proposals, nodules[label["source"]])
             there.append(hits.any())
             used.append(bool(label["chosen"]))
             if label["chosen"]:
