@@ -154,8 +154,9 @@ def run_arm(work: Path, size: Size, seed: int, arm: Arm) -> dict[str, Any]:
     test, _ = load_labelled(
         marked(work / "phantoms" / "test", size.test), ScanCache(work / "cache")
     )
-    # Where no step was better on the validation scans than the start, the start is the result.
-    network, _ = load_model(out if result.published else init)
+    # Where no step was better on the validation scans than the start, the start is the result. An
+    # arm that was stopped during its test is trained again, and is then no better than itself.
+    network, _ = load_model(out if (out / "model.pt").exists() else init)
     predictions = predictions_of(network, test, torch.device("cpu"))
     annotations = {item.scan.series_uid: list(item.nodules) for item in test}
     froc = evaluate(annotations, predictions, list(annotations))
