@@ -223,7 +223,10 @@ def _is_alive(pid):
 
 @posix
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_server_is_waited_for_and_its_children_end_with_it(tmp_path, number, monkeypatch):
+def test_the_server_is_waited_for_and_its_children_end_with_it(tmp_path, number, request):
+    # Where a shell started the tests in the background, Ctrl-C is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
